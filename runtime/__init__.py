@@ -1,0 +1,1 @@
+"""The runtime: composes cache, streams and policy into an engine that serves a model."""

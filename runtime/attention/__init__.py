@@ -1,0 +1,1 @@
+"""Attention over KV pages: one reference and one fast path per device."""

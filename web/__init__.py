@@ -1,0 +1,1 @@
+"""The HTTP face: OpenAI-compatible routes and metrics. Translation only; never imports torch."""
