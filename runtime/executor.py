@@ -1,0 +1,326 @@
+"""Runs iterations: packs them, computes the forward, samples. The only owner of device memory.
+
+Everything here runs on the inference lane's thread, one call at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import psutil
+import torch
+
+from .decoder import LeanDecoder, UnlistedError
+from .errors import ConfigError
+from .kernels.choose import choose_kernels
+from .kernels.plain import HeadShape, LayerAttention
+from .module_forward import ModuleForward
+from .packing import pack_steps
+from .sampling import Sampler
+from .step import SequenceResult, SequenceStep, StepResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .config import AdapterConfig, CacheConfig
+    from .kernels.batch import PackedBatch
+    from .kernels.plain import PlainKernels
+    from .loading import LoadedModel
+    from .lora import LoraWeights
+    from .types import TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+# Share of the memory that is free after loading which KV pages may take. A CPU shares its memory
+# with everything else on the machine; a GPU is ours, but activations and training need room.
+_MEMORY_FRACTION = {"cpu": 0.25, "cuda": 0.8}
+# Largest root mean square difference between a forward's logits and the model's own at start-up,
+# as a share of the logits' spread. Rounding costs 1e-6 in float32 and 1e-2 in bfloat16; a norm or
+# a rotation that is not as the model has it costs 0.1 and more.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+class Forward(Protocol):
+    """A packed forward: `LeanDecoder` or `ModuleForward`."""
+
+    def __call__(self, batch: PackedBatch) -> torch.Tensor:
+        """The logits (N, V) of the wanted rows; writes the KV of all rows."""
+        ...
+
+    def install_adapter(self, slot: int, weights: LoraWeights) -> None:
+        """Copy an adapter's matrices into a slot (1 and up)."""
+        ...
+
+    def clear_adapter(self, slot: int) -> None:
+        """Empty a slot."""
+        ...
+
+
+class Executor:
+    """A model ready to run iterations, with its KV pages.
+
+    Attributes:
+        num_pages, page_size: of the KV cache.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        kernels: PlainKernels,
+        forward: Forward,
+        *,
+        adapter_slots: int,
+        description: dict[str, str],
+    ) -> None:
+        self._forward = forward
+        self._kernels = kernels
+        self._adapter_slots = adapter_slots
+        self._device = kernels.device
+        self._sampler = Sampler(loaded.vocab_size, kernels.device)
+        self._description = description
+        self.page_size = kernels.page_size
+        self.num_pages = kernels.keys[0].shape[0]
+
+    @classmethod
+    @torch.inference_mode()
+    def create(
+        cls,
+        loaded: LoadedModel,
+        *,
+        device: torch.device,
+        cache: CacheConfig,
+        adapters: AdapterConfig,
+        max_num_batched_tokens: int,
+        max_num_seqs: int = 256,
+    ) -> Executor:
+        """Choose kernels and a forward, prove them against the model, and make the KV pages.
+
+        Raises:
+            ConfigError: the pages asked for do not fit, or hold less than one sequence.
+        """
+        layers = _layers(loaded)
+        first = loaded.attention_layers[0]
+        shape = HeadShape(heads=first.query_heads, kv_heads=first.kv_heads, head_dim=first.head_dim)
+        kernels = choose_kernels(shape, layers, dtype=loaded.dtype, device=device)
+        if cache.page_size is not None and cache.page_size != kernels.page_size:
+            raise ConfigError(
+                f"cache.page_size is {cache.page_size}, but {kernels.name} use pages of "
+                f"{kernels.page_size} tokens; leave it unset",
+                param="cache.page_size",
+            )
+        prepack = _can_prepack(loaded, device)
+        forward, path = _choose_forward(loaded, kernels, prepack)
+        num_pages = _count_pages(loaded, kernels, cache, max_num_seqs)
+        kernels.allocate(num_pages)
+        description = {
+            "attention": kernels.name,
+            "forward": path,
+            "linears": "prepacked (oneDNN)" if prepack else "plain",
+            "page_size": str(kernels.page_size),
+            "kv_pages": str(num_pages),
+            "kv_bytes": str(num_pages * kernels.page_bytes),
+        }
+        executor = cls(
+            loaded, kernels, forward, adapter_slots=adapters.max_loras, description=description
+        )
+        executor._warm_up(max_num_batched_tokens)
+        return executor
+
+    def describe(self) -> dict[str, str]:
+        """What was chosen at start, for reports."""
+        return dict(self._description)
+
+    @torch.inference_mode()
+    def execute(self, steps: Sequence[SequenceStep]) -> StepResult:
+        """Run one iteration: the KV of every token is written, and asked-for tokens are sampled."""
+        began = time.perf_counter()
+        batch = pack_steps(
+            steps,
+            page_size=self.page_size,
+            adapter_slots=self._adapter_slots,
+            device=self._device,
+        )
+        logits = self._forward(batch)
+        forwarded = time.perf_counter()
+        results = self._sample(steps, logits)
+        return StepResult(results, forwarded - began, time.perf_counter() - forwarded)
+
+    def _sample(
+        self, steps: Sequence[SequenceStep], logits: torch.Tensor
+    ) -> Sequence[SequenceResult]:
+        states = [step.sampling for step in steps if step.sampling is not None]
+        if len(states) == len(steps) == logits.shape[0]:
+            output = self._sampler.sample(logits, states)
+            return [
+                SequenceResult(token, logprob, (), error)
+                for token, logprob, error in zip(
+                    output.token_ids, output.logprobs, output.errors, strict=True
+                )
+            ]
+        spans: list[tuple[int, int]] = []  # of the logits, for each step
+        at = 0
+        for step in steps:
+            width = len(step.token_ids) if step.prompt_logprobs is not None else 0
+            spans.append((at, at + (width or (step.sampling is not None))))
+            at = spans[-1][1]
+        sampled: Iterator[tuple[int, TokenLogprob | None, str | None]] = iter(())
+        if states:
+            ends = [
+                high - 1
+                for step, (_, high) in zip(steps, spans, strict=True)
+                if step.sampling is not None
+            ]
+            output = self._sampler.sample(logits[ends], states)
+            sampled = zip(output.token_ids, output.logprobs, output.errors, strict=True)
+        results = []
+        for step, (low, high) in zip(steps, spans, strict=True):
+            prompt: tuple[TokenLogprob, ...] = ()
+            if step.prompt_logprobs is not None and step.prompt_targets:
+                end = min(high, low + len(step.prompt_targets))
+                prompt = self._sampler.prompt_logprobs(
+                    logits[low:end], step.prompt_targets, step.prompt_logprobs
+                )
+            if step.sampling is None:
+                results.append(SequenceResult(prompt_logprobs=prompt))
+            else:
+                token, logprob, error = next(sampled)
+                results.append(SequenceResult(token, logprob, prompt, error))
+        return results
+
+    def install_adapter(self, slot: int, weights: LoraWeights) -> None:
+        """Copy an adapter's matrices into a slot (1 and up)."""
+        self._forward.install_adapter(slot, weights)
+
+    def clear_adapter(self, slot: int) -> None:
+        """Empty a slot."""
+        self._forward.clear_adapter(slot)
+
+    def _warm_up(self, tokens: int) -> None:
+        """Touch every code path once, so that the first request does not pay for it."""
+        room = self.num_pages * self.page_size
+        for length in (1, min(tokens, room)):
+            pages = list(range(-(-length // self.page_size)))
+            self._forward(
+                pack_steps(
+                    [SequenceStep(token_ids=[0] * length, start=0, block_table=pages)],
+                    page_size=self.page_size,
+                    adapter_slots=self._adapter_slots,
+                    device=self._device,
+                )
+            )
+
+
+def _layers(loaded: LoadedModel) -> list[LayerAttention]:
+    """How each layer attends, as far as the kernels' check is concerned."""
+    softcap = float(getattr(loaded.model.config, "attn_logit_softcapping", None) or 0.0)
+    return [
+        LayerAttention(
+            index=index,
+            scaling=layer.head_dim**-0.5,
+            softcap=softcap,
+            window=layer.sliding_window or 0,
+        )
+        for index, layer in enumerate(loaded.attention_layers)
+    ]
+
+
+def _can_prepack(loaded: LoadedModel, device: torch.device) -> bool:
+    """Whether a second, prepacked copy of the weights pays and fits in memory."""
+    if device.type != "cpu" or loaded.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    copy = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    if psutil.virtual_memory().available < 2 * copy:
+        logger.warning(
+            "the weights (%d MB) are not prepacked: too little memory is free", copy >> 20
+        )
+        return False
+    return True
+
+
+def _choose_forward(
+    loaded: LoadedModel, kernels: PlainKernels, prepack: bool
+) -> tuple[Forward, str]:
+    """The lean forward where it reproduces the model's own logits, else the model's modules."""
+    try:
+        lean = LeanDecoder.build(loaded, kernels, prepack=prepack)
+    except UnlistedError as error:
+        return ModuleForward(loaded, kernels, prepack=prepack), f"model's modules ({error})"
+    difference = _difference(loaded, kernels, lean)
+    if difference <= _TOLERANCE[loaded.dtype]:
+        return lean, "lean decoder"
+    logger.warning(
+        "the lean decoder differs from %s by %.2g; the model's own modules are used instead",
+        loaded.name,
+        difference,
+    )
+    forward = ModuleForward(loaded, kernels, prepack=prepack)
+    return forward, f"model's modules (the lean decoder differed by {difference:.2g})"
+
+
+def _difference(loaded: LoadedModel, kernels: PlainKernels, forward: Forward) -> float:
+    """The difference of logits to the model's own over two packed prompts, relative."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(loaded.vocab_size, (length,), generator=generator).tolist()
+        for length in (min(19, loaded.max_model_len), min(5, loaded.max_model_len))
+    ]
+    size = kernels.page_size
+    steps, used = [], 0
+    for prompt in prompts:
+        pages = list(range(used, used + -(-len(prompt) // size)))
+        used += len(pages)
+        steps.append(
+            SequenceStep(
+                token_ids=prompt,
+                start=0,
+                block_table=pages,
+                prompt_logprobs=0,
+                prompt_targets=prompt[1:],
+            )
+        )
+    kernels.allocate(used)
+    batch = pack_steps(steps, page_size=size, adapter_slots=1, device=kernels.device)
+    actual = forward(batch).float()
+    worst, at = 0.0, 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=kernels.device)
+        expected = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+        difference = (actual[at : at + len(prompt)] - expected).square().mean().sqrt()
+        relative = float(difference / (expected.std() + 1e-6))
+        worst = max(worst, relative if relative == relative else float("inf"))
+        at += len(prompt)
+    return worst
+
+
+def _count_pages(
+    loaded: LoadedModel, kernels: PlainKernels, cache: CacheConfig, max_num_seqs: int
+) -> int:
+    """How many KV pages to make: as asked, else what the memory allows and could ever be used."""
+    if kernels.device.type == "cuda":
+        available, _total = torch.cuda.mem_get_info(kernels.device)
+    else:
+        available = psutil.virtual_memory().available
+    per_sequence = -(-loaded.max_model_len // kernels.page_size)
+    if cache.num_pages is not None:
+        pages, param = cache.num_pages, "cache.num_pages"
+    elif cache.kv_bytes is not None:
+        pages, param = cache.kv_bytes // kernels.page_bytes, "cache.kv_bytes"
+    else:
+        fraction = cache.memory_fraction or _MEMORY_FRACTION[kernels.device.type]
+        pages = int(available * fraction) // kernels.page_bytes
+        pages, param = min(pages, per_sequence * max_num_seqs), "cache.memory_fraction"
+    if pages * kernels.page_bytes > available:
+        raise ConfigError(
+            f"{pages} KV pages need {pages * kernels.page_bytes >> 20} MB, "
+            f"but {available >> 20} MB are free; lower {param}",
+            param=param,
+        )
+    if pages < per_sequence:
+        raise ConfigError(
+            f"{pages} KV pages of {kernels.page_size} tokens hold less than one sequence of "
+            f"max_model_len {loaded.max_model_len}; raise {param} or lower model.max_model_len",
+            param=param,
+        )
+    return pages

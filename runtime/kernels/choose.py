@@ -1,0 +1,130 @@
+"""Which kernels this device gets, and the proof that they are right here."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from .batch import PackedBatch, Rows
+from .plain import HeadShape, LayerAttention, PlainKernels, RotaryTable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def choose_kernels(
+    shape: HeadShape, layers: Sequence[LayerAttention], *, dtype: torch.dtype, device: torch.device
+) -> PlainKernels:
+    """The fastest kernels that give what the plain form gives, on this device, for this model.
+
+    Args:
+        layers: how each layer attends; the check covers every kind that occurs.
+    """
+    count = len(layers)
+    candidate: PlainKernels | None = None
+    try:
+        if device.type == "cpu":
+            from .cpu import CpuKernels
+
+            if CpuKernels.supports(shape, dtype):
+                candidate = CpuKernels(shape, layers=count, dtype=dtype, device=device)
+        elif device.type == "cuda":
+            from .cuda import CudaKernels
+
+            if CudaKernels.supports(shape, dtype):
+                candidate = CudaKernels(shape, layers=count, dtype=dtype, device=device)
+        if candidate is not None:
+            kinds = {(layer.scaling, layer.softcap, layer.window): layer for layer in layers}
+            for layer in kinds.values():
+                difference = compare(candidate, layer)
+                if not difference < _TOLERANCE[dtype]:
+                    logger.warning(
+                        "%s differ from plain torch by %.2g on this device and are not used",
+                        candidate.name,
+                        difference,
+                    )
+                    candidate = None
+                    break
+    except (ImportError, RuntimeError, NotImplementedError, TypeError) as error:
+        logger.warning("the fast kernels do not run on this device: %s", error)
+        candidate = None
+    if candidate is None:
+        return PlainKernels(shape, layers=count, dtype=dtype, device=device)
+    candidate.allocate(0)
+    return candidate
+
+
+def compare(candidate: PlainKernels, layer: LayerAttention) -> float:
+    """The largest difference to the plain form over a mixed step after a prefill.
+
+    The step has decodes and a chunk, contexts at and around page boundaries, and pages in no
+    order.
+    """
+    shape, dtype, device = candidate.shape, candidate.dtype, candidate.device
+    plain = PlainKernels(shape, layers=candidate.layers, dtype=dtype, device=device)
+    plain.page_size = candidate.page_size
+    size = candidate.page_size
+    steps = [(size - 1, 1), (size, 1), (2 * size + 3, 1), (size + 5, size + 7)]
+    pages = [-(-(start + new) // size) for start, new in steps]
+    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in pages]
+    for kernels in (candidate, plain):
+        kernels.allocate(sum(pages))
+    generator = torch.Generator().manual_seed(1)
+    half = shape.head_dim // 2
+    angles = torch.rand(max(sum(step) for step in steps), half, generator=generator)
+    rotary = RotaryTable(angles.cos().to(device), angles.sin().to(device))
+    difference = 0.0
+    for lengths in ([(0, start) for start, _ in steps], steps):
+        batch = _batch(lengths, tables, size, device)
+        qkv = torch.randn(batch.rows.count, shape.qkv_width, generator=generator)
+        results = []
+        for kernels in (candidate, plain):
+            mine = qkv.to(device, dtype, copy=True)
+            kernels.rope_and_store(layer, mine, batch, rotary, None)
+            query = mine[:, : shape.heads * shape.head_dim]
+            results.append(kernels.attend(layer, query, batch.rows, batch).float())
+        worst = (results[0] - results[1]).abs().amax()
+        difference = max(difference, float("inf") if worst.isnan() else float(worst))
+    return difference
+
+
+def _batch(
+    lengths: list[tuple[int, int]], tables: list[list[int]], size: int, device: torch.device
+) -> PackedBatch:
+    """A batch of (tokens already there, new tokens) per sequence on the given pages."""
+    positions, sequence, slots, starts = [], [], [], [0]
+    for row, (start, new) in enumerate(lengths):
+        for position in range(start, start + new):
+            positions.append(position)
+            sequence.append(row)
+            slots.append(tables[row][position // size] * size + position % size)
+        starts.append(len(positions))
+    longest = max(len(table) for table in tables)
+    blocks = torch.tensor([table + [0] * (longest - len(table)) for table in tables])
+    contexts = [start + new for start, new in lengths]
+    rows = Rows(
+        count=len(positions),
+        positions=torch.tensor(positions, device=device),
+        sequence=torch.tensor(sequence, device=device, dtype=torch.int32),
+        query_starts=torch.tensor(starts, device=device, dtype=torch.int32),
+        max_query=max(new for _, new in lengths),
+    )
+    return PackedBatch(
+        token_ids=torch.zeros(len(positions), dtype=torch.int64, device=device),
+        slots=torch.tensor(slots, device=device),
+        rows=rows,
+        block_tables=blocks.to(device, torch.int32),
+        context_lens=torch.tensor(contexts, device=device, dtype=torch.int32),
+        max_context=max(contexts),
+        wanted=None,
+        wanted_rows=rows,
+        adapters=None,
+        wanted_adapters=None,
+    )
