@@ -236,12 +236,10 @@ def _build(
         )
 
     base = model.model
-    softcap = float(getattr(config, "attn_logit_softcapping", None) or 0.0)
+    attentions = layer_attentions(loaded)
     tables = _rotary_tables(base, config, loaded.max_model_len, kernels.device)
     layers = []
-    for index, (block, observed) in enumerate(
-        zip(base.layers, loaded.attention_layers, strict=True)
-    ):
+    for index, block in enumerate(base.layers):
         attention, mlp = block.self_attn, block.mlp
         prefix = f"model.layers.{index}"
         head_norms = query_norm = key_norm = None
@@ -266,12 +264,7 @@ def _build(
             )
         layers.append(
             _Layer(
-                attention=LayerAttention(
-                    index=index,
-                    scaling=float(attention.scaling),
-                    softcap=softcap,
-                    window=observed.sliding_window or 0,
-                ),
+                attention=attentions[index],
                 rotary=tables[index],
                 head_norms=head_norms,
                 query_norm=query_norm,
@@ -298,6 +291,19 @@ def _build(
         logits_divisor=float(getattr(config, "logits_scaling", 1.0)),
         logits_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
     )
+
+
+def layer_attentions(loaded: LoadedModel) -> list[LayerAttention]:
+    """How each layer attends, as observed when the model was loaded."""
+    return [
+        LayerAttention(
+            index=index,
+            scaling=layer.scaling,
+            softcap=layer.softcap or 0.0,
+            window=layer.sliding_window or 0,
+        )
+        for index, layer in enumerate(loaded.attention_layers)
+    ]
 
 
 def _embedding_multiplier(base: Any, config: Any) -> torch.Tensor | None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 import torch
 
-from .decoder import LeanDecoder, UnlistedError
+from .decoder import LeanDecoder, UnlistedError, layer_attentions
 from .errors import ConfigError
 from .kernels.choose import choose_kernels
-from .kernels.plain import HeadShape, LayerAttention
+from .kernels.plain import HeadShape
 from .module_forward import ModuleForward
 from .packing import pack_steps
 from .sampling import Sampler
@@ -100,7 +100,7 @@ class Executor:
         Raises:
             ConfigError: the pages asked for do not fit, or hold less than one sequence.
         """
-        layers = _layers(loaded)
+        layers = layer_attentions(loaded)
         first = loaded.attention_layers[0]
         shape = HeadShape(heads=first.query_heads, kv_heads=first.kv_heads, head_dim=first.head_dim)
         kernels = choose_kernels(shape, layers, dtype=loaded.dtype, device=device)
@@ -210,20 +210,6 @@ class Executor:
                     device=self._device,
                 )
             )
-
-
-def _layers(loaded: LoadedModel) -> list[LayerAttention]:
-    """How each layer attends, as far as the kernels' check is concerned."""
-    softcap = float(getattr(loaded.model.config, "attn_logit_softcapping", None) or 0.0)
-    return [
-        LayerAttention(
-            index=index,
-            scaling=layer.head_dim**-0.5,
-            softcap=softcap,
-            window=layer.sliding_window or 0,
-        )
-        for index, layer in enumerate(loaded.attention_layers)
-    ]
 
 
 def _can_prepack(loaded: LoadedModel, device: torch.device) -> bool:

@@ -1,1 +1,0 @@
-"""Attention over KV pages: one reference and one fast path per device."""

@@ -1,0 +1,32 @@
+"""Settings for the whole suite, made before torch and the hub's client are imported.
+
+One intra-op thread: the suite shares its cores, and waiting threads of an OpenMP pool spin. No
+hub: tests make their models in code and must not depend on a network.
+
+Tests marked `slow` run with ``-m slow``; those marked `gpu` run where there is a CUDA device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("-m")
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if "slow" not in wanted:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
