@@ -232,7 +232,9 @@ def _build(
 
     def linear(prefix: str, owner: Any, *names: str) -> FusedLinear:
         return FusedLinear(
-            [(f"{prefix}.{name}", getattr(owner, name)) for name in names], prepack=prepack
+            [(f"{prefix}.{name}", getattr(owner, name)) for name in names],
+            kernels=kernels,
+            prepack=prepack,
         )
 
     base = model.model
@@ -285,7 +287,7 @@ def _build(
         embedding_multiplier=_embedding_multiplier(base, config),
         layers=layers,
         final_norm=norm(base.norm),
-        head=FusedLinear([("lm_head", model.lm_head)], prepack=prepack),
+        head=FusedLinear([("lm_head", model.lm_head)], kernels=kernels, prepack=prepack),
         activation=activation,
         residual_multiplier=float(getattr(config, "residual_multiplier", 1.0)),
         logits_divisor=float(getattr(config, "logits_scaling", 1.0)),

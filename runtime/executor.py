@@ -24,7 +24,7 @@ from .step import SequenceResult, SequenceStep, StepResult
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .config import AdapterConfig, CacheConfig
+    from .config import CacheConfig
     from .kernels.batch import PackedBatch
     from .kernels.plain import PlainKernels
     from .loading import LoadedModel
@@ -71,12 +71,10 @@ class Executor:
         kernels: PlainKernels,
         forward: Forward,
         *,
-        adapter_slots: int,
         description: dict[str, str],
     ) -> None:
         self._forward = forward
         self._kernels = kernels
-        self._adapter_slots = adapter_slots
         self._device = kernels.device
         self._sampler = Sampler(loaded.vocab_size, kernels.device)
         self._description = description
@@ -91,7 +89,6 @@ class Executor:
         *,
         device: torch.device,
         cache: CacheConfig,
-        adapters: AdapterConfig,
         max_num_batched_tokens: int,
         max_num_seqs: int = 256,
     ) -> Executor:
@@ -115,6 +112,7 @@ class Executor:
         num_pages = _count_pages(loaded, kernels, cache, max_num_seqs)
         kernels.allocate(num_pages)
         description = {
+            "dtype": str(loaded.dtype).removeprefix("torch."),
             "attention": kernels.name,
             "forward": path,
             "linears": "prepacked (oneDNN)" if prepack else "plain",
@@ -122,10 +120,9 @@ class Executor:
             "kv_pages": str(num_pages),
             "kv_bytes": str(num_pages * kernels.page_bytes),
         }
-        executor = cls(
-            loaded, kernels, forward, adapter_slots=adapters.max_loras, description=description
-        )
-        executor._warm_up(max_num_batched_tokens)
+        executor = cls(loaded, kernels, forward, description=description)
+        # A budget may exceed the context; there are no positions beyond it.
+        executor._warm_up(min(max_num_batched_tokens, loaded.max_model_len))
         return executor
 
     def describe(self) -> dict[str, str]:
@@ -139,7 +136,6 @@ class Executor:
         batch = pack_steps(
             steps,
             page_size=self.page_size,
-            adapter_slots=self._adapter_slots,
             device=self._device,
         )
         logits = self._forward(batch)
@@ -206,7 +202,6 @@ class Executor:
                 pack_steps(
                     [SequenceStep(token_ids=[0] * length, start=0, block_table=pages)],
                     page_size=self.page_size,
-                    adapter_slots=self._adapter_slots,
                     device=self._device,
                 )
             )
@@ -267,7 +262,7 @@ def _difference(loaded: LoadedModel, kernels: PlainKernels, forward: Forward) ->
             )
         )
     kernels.allocate(used)
-    batch = pack_steps(steps, page_size=size, adapter_slots=1, device=kernels.device)
+    batch = pack_steps(steps, page_size=size, device=kernels.device)
     actual = forward(batch).float()
     worst, at = 0.0, 0
     for prompt in prompts:

@@ -71,14 +71,14 @@ class _Routing:
 class _SlotLinear(nn.Module):
     """A `FusedLinear` of one part, in place of the model's linear layer."""
 
-    def __init__(self, path: str, module: nn.Linear, routing: _Routing, *, prepack: bool) -> None:
+    def __init__(self, module: nn.Linear, fused: FusedLinear, routing: _Routing) -> None:
         super().__init__()
         self.weight, self.bias = module.weight, module.bias
-        self.fused = FusedLinear([(path, module)], prepack=prepack)
+        self._fused = fused
         self._routing = routing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.fused(x.flatten(0, -2), self._routing.rows)
+        y: torch.Tensor = self._fused(x.flatten(0, -2), self._routing.rows)
         return y.view((*x.shape[:-1], y.shape[-1]))
 
 
@@ -98,17 +98,15 @@ class ModuleForward:
         for path, module in list(self._model.named_modules()):
             if isinstance(module, nn.Linear):
                 owner, _, name = path.rpartition(".")
-                slot_linear = _SlotLinear(path, module, self._routing, prepack=prepack)
+                fused = FusedLinear([(path, module)], kernels=kernels, prepack=prepack)
+                slot_linear = _SlotLinear(module, fused, self._routing)
                 setattr(self._model.get_submodule(owner), name, slot_linear)
-                self._linears.append(slot_linear.fused)
+                self._linears.append(fused)
 
     def __call__(self, batch: PackedBatch) -> torch.Tensor:
         """The logits (N, V) of the wanted rows; writes the KV of all rows."""
-        if batch.adapters is not None and batch.adapters.mask is not None:
-            # The head sees only the wanted rows, the layers all of them; both have own routes.
-            keep: Any = 0
-        else:
-            keep = 0 if batch.wanted is None else batch.wanted
+        # With adapters all rows go through the head: it has one route, that of all rows.
+        keep: Any = 0 if batch.wanted is None or batch.adapters is not None else batch.wanted
         self._routing.rows = batch.adapters
         try:
             output = self._model(

@@ -10,18 +10,15 @@ import torch
 from .kernels.batch import AdapterRouting, PackedBatch, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .step import SequenceStep
 
 
 def pack_steps(
-    steps: Sequence[SequenceStep], *, page_size: int, adapter_slots: int, device: torch.device
+    steps: Sequence[SequenceStep], *, page_size: int, device: torch.device
 ) -> PackedBatch:
     """Lay the steps of an iteration side by side, in the order given, without padding.
-
-    Args:
-        adapter_slots: number of slots besides the base model's slot 0.
 
     The wanted rows are, step by step: every row of one with prompt log-probabilities, the last row
     of one that samples, none otherwise.
@@ -70,7 +67,7 @@ def pack_steps(
         max_query=max(lengths),
     )
     slots_of_rows = np.fromiter((step.adapter_slot for step in steps), np.int64, count)[sequence]
-    routing = _route(slots_of_rows, adapter_slots, put)
+    routing = _route(slots_of_rows, put)
     wanted_tensor, wanted_rows, wanted_routing = None, rows, routing
     if len(wanted) < total:
         chosen = np.asarray(wanted, np.int64)
@@ -91,7 +88,7 @@ def pack_steps(
             query_starts=query_starts,
             max_query=1,
         )
-        wanted_routing = _route(slots_of_rows[chosen], adapter_slots, put)
+        wanted_routing = _route(slots_of_rows[chosen], put)
     return PackedBatch(
         token_ids=put(token_ids),
         slots=put(slots),
@@ -106,13 +103,8 @@ def pack_steps(
     )
 
 
-def _route(slots: np.ndarray, adapter_slots: int, put: object) -> AdapterRouting | None:
-    """How rows find their adapters: not at all, all the same one, or by a mask."""
+def _route(slots: np.ndarray, put: Callable[[np.ndarray], torch.Tensor]) -> AdapterRouting | None:
+    """How rows find their adapters; None where all use the base model."""
     if slots.size == 0 or not slots.any():
         return None
-    if (slots == slots[0]).all():
-        return AdapterRouting(single=int(slots[0]))
-    mask = np.zeros((slots.size, adapter_slots), np.float32)
-    adapted = np.flatnonzero(slots)
-    mask[adapted, slots[adapted] - 1] = 1.0
-    return AdapterRouting(single=0, mask=put(mask))  # type: ignore[operator]
+    return AdapterRouting(put(slots), int(slots[0]) if (slots == slots[0]).all() else 0)

@@ -40,12 +40,13 @@ class Rows:
 class AdapterRouting:
     """Which adapter slot each row uses.
 
-    `single` is the slot where all rows share one, else 0 and `mask` says: (T, slots) with 1 where
-    the row uses the slot. The base model is slot 0 and has no column.
+    Attributes:
+        slots: (T,) int64; 0 is the base model.
+        single: the slot where all rows share one, else 0.
     """
 
+    slots: torch.Tensor
     single: int
-    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

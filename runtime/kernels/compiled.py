@@ -358,7 +358,66 @@ def _build(itemsize: int, element: Any, load: Any, store: Any, rounded: Any) -> 
                             at += dim * itemsize
                     store(out + c * step, simd.add(simd.add(o0, o1), simd.add(o2, o3)))
 
+    @cfunc(signature, **options)
+    def add_adapters(p):
+        """y += B A x, each row with the matrices of its own slot; slot 0 has none.
+
+        [2] x (T, W)  [3] row stride of x  [4] y  [5] row stride of y  [6] T  [7] W
+        [8] slots (T,) int64  [9] descriptors (slots, [10]) int64
+        [11] scratch  [12] floats of scratch per thread, at least the sum of a slot's ranks
+
+        A descriptor is the number of parts, then for each: address of A (R, W), address of B
+        transposed (R, O), both float32, R, first output column, O. R is a multiple of 4.
+        """
+        table = carray(p, (16,), dtype=np.int64)
+        rows, width, cells = table[6], table[7], table[10]
+        slots = carray(_pointer(table[8]), (rows,), dtype=np.int64)
+        zero = simd.splat(np.float32(0.0))
+        thread = _take(table, THREADS)
+        low = carray(_pointer(table[11] + thread * table[12] * 4), (table[12],), dtype=np.float32)
+        while True:
+            row = _take(table, ITEMS)
+            if row >= rows:
+                break
+            described = carray(
+                _pointer(table[9] + slots[row] * cells * 8), (cells,), dtype=np.int64
+            )
+            x = table[2] + row * table[3] * itemsize
+            for part in range(described[0]):
+                down, up = described[1 + 5 * part], described[2 + 5 * part]
+                rank, first, outputs = (
+                    described[3 + 5 * part],
+                    described[4 + 5 * part],
+                    described[5 + 5 * part],
+                )
+                line = width * 4
+                for r in range(0, rank, 4):
+                    s0, s1, s2, s3 = zero, zero, zero, zero
+                    a = down + r * line
+                    for i in range(width // LANES):
+                        v = load(x + i * step)
+                        s0 = simd.fma(simd.load_float32(a + i * LANES * 4), v, s0)
+                        s1 = simd.fma(simd.load_float32(a + line + i * LANES * 4), v, s1)
+                        s2 = simd.fma(simd.load_float32(a + 2 * line + i * LANES * 4), v, s2)
+                        s3 = simd.fma(simd.load_float32(a + 3 * line + i * LANES * 4), v, s3)
+                    low[r] = simd.reduce_add(s0)
+                    low[r + 1] = simd.reduce_add(s1)
+                    low[r + 2] = simd.reduce_add(s2)
+                    low[r + 3] = simd.reduce_add(s3)
+                y = table[4] + (row * table[5] + first) * itemsize
+                line = outputs * 4
+                for i in range(outputs // LANES):
+                    total, other = load(y + i * step), zero
+                    b = up + i * LANES * 4
+                    for r in range(0, rank, 2):
+                        total = simd.fma(simd.splat(low[r]), simd.load_float32(b + r * line), total)
+                        other = simd.fma(
+                            simd.splat(low[r + 1]), simd.load_float32(b + (r + 1) * line), other
+                        )
+                    store(y + i * step, simd.add(total, other))
+
     return {
+        "add_adapters": add_adapters,
         "rms_norm": rms_norm,
         "gated_activation": gated_activation,
         "rope_and_store": rope_and_store,
@@ -397,6 +456,7 @@ class Kernels:
     """The compiled kernels for one dtype."""
 
     def __init__(self, built: dict[str, Any]) -> None:
+        self.add_adapters = Kernel(built["add_adapters"])
         self.rms_norm = Kernel(built["rms_norm"])
         self.gated_activation = Kernel(built["gated_activation"])
         self.rope_and_store = Kernel(built["rope_and_store"])

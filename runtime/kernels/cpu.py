@@ -8,6 +8,7 @@ path.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +18,50 @@ from .plain import Activation, HeadNorms, HeadShape, LayerAttention, PlainKernel
 from .simd import LANES
 
 if TYPE_CHECKING:
-    from .batch import PackedBatch, Rows
+    from .adapters import AdapterTable
+    from .batch import AdapterRouting, PackedBatch, Rows
 
 # Below this many elements a second thread costs more than it brings (measured: a launch on two
 # threads takes 3 us, on one 0.3 us).
 _SMALL = 32_768
+
+
+# Up to here rows pass their adapters one by one; beyond, two matrix products are faster.
+_MANY_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """An adapter table as the compiled kernel reads it.
+
+    Attributes:
+        table: whose addresses these are; held, so that they stay good.
+        cells: (slots, cells) int64, see `compiled.add_adapters`.
+        ranks: the largest R of a part.
+        is_usable: whether all shapes suit the kernel.
+    """
+
+    table: AdapterTable
+    version: int
+    cells: torch.Tensor
+    ranks: int
+    is_usable: bool
+
+    @classmethod
+    def of(cls, table: AdapterTable) -> _Described:
+        most = max((len(parts) for parts in table.slots.values()), default=0)
+        # Every slot that a row may name has a line; those without matrices have no parts.
+        cells = torch.zeros(max(table.slots, default=0) + 64, 1 + 5 * most, dtype=torch.int64)
+        ranks, is_usable = 4, True
+        for slot, parts in table.slots.items():
+            cells[slot, 0] = len(parts)
+            for index, part in enumerate(parts):
+                rank, width = part.up.shape
+                ranks = max(ranks, rank)
+                is_usable &= width % LANES == 0 and part.first % LANES == 0
+                described = (part.down.data_ptr(), part.up.data_ptr(), rank, part.first, width)
+                cells[slot, 1 + 5 * index : 6 + 5 * index] = torch.tensor(described)
+        return cls(table, table.version, cells, ranks, is_usable)
 
 
 class CpuKernels(PlainKernels):
@@ -40,7 +80,10 @@ class CpuKernels(PlainKernels):
         self._activation = compiled.Arguments(7)
         self._rope = compiled.Arguments(16)
         self._attention = compiled.Arguments(21)
+        self._adapters = compiled.Arguments(13)
         self._scratch = torch.empty(0)
+        self._low = torch.empty(0)
+        self._described: dict[int, _Described] = {}
         rope, attention = self._rope.cells, self._attention.cells
         rope[13:16] = shape.heads, shape.kv_heads, shape.head_dim
         attention[11:14] = shape.heads, shape.kv_heads, shape.head_dim
@@ -130,6 +173,32 @@ class CpuKernels(PlainKernels):
         cells[6] = 0 if kind == "silu" else 1
         self._kernels.gated_activation(self._activation, 1 if rows * width < _SMALL else 0)
         return out
+
+    def add_adapters(
+        self, y: torch.Tensor, x: torch.Tensor, routing: AdapterRouting, table: AdapterTable
+    ) -> None:
+        """As the plain form. Few rows go one by one, each past its own adapter's matrices."""
+        rows = x.shape[0]
+        if rows > _MANY_ROWS or x.shape[1] % LANES or x.stride(1) != 1 or y.stride(1) != 1:
+            super().add_adapters(y, x, routing, table)
+            return
+        described = self._described.get(id(table))
+        if described is None or described.version != table.version:
+            described = self._described[id(table)] = _Described.of(table)
+        if not described.is_usable:
+            super().add_adapters(y, x, routing, table)
+            return
+        threads = torch.get_num_threads()
+        if self._low.numel() < described.ranks * threads:
+            self._low = torch.empty(described.ranks * threads)
+        cells = self._adapters.cells
+        cells[2], cells[3] = x.data_ptr(), x.stride(0)
+        cells[4], cells[5] = y.data_ptr(), y.stride(0)
+        cells[6], cells[7] = x.shape
+        cells[8] = routing.slots.data_ptr()
+        cells[9], cells[10] = described.cells.data_ptr(), described.cells.shape[1]
+        cells[11], cells[12] = self._low.data_ptr(), described.ranks
+        self._kernels.add_adapters(self._adapters, 1 if rows == 1 else 0)
 
     def rope_and_store(
         self,

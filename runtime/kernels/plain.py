@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from .batch import PackedBatch, Rows
+    from .adapters import AdapterTable
+    from .batch import AdapterRouting, PackedBatch, Rows
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -136,6 +137,22 @@ class PlainKernels:
         if kind == "silu":
             return F.silu(gate) * up
         return F.gelu(gate, approximate="tanh") * up
+
+    def add_adapters(
+        self, y: torch.Tensor, x: torch.Tensor, routing: AdapterRouting, table: AdapterTable
+    ) -> None:
+        """Y += B A x for each row's own adapter, in place: (T, in) to (T, out)."""
+        if table.down is None or table.up is None or table.owner is None:
+            return
+        if routing.single:
+            columns = table.columns(routing.single)
+            if columns is not None:
+                low, high = columns
+                y.addmm_(F.linear(x, table.down[low:high]), table.up[:, low:high].t())
+            return
+        small = F.linear(x, table.down)
+        small *= routing.slots.unsqueeze(1) == table.owner
+        y.addmm_(small, table.up.t())
 
     # --- attention -------------------------------------------------------------------------
 

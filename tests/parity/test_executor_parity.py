@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from cotune.runtime.config import AdapterConfig, CacheConfig
+
+from cotune.runtime.config import CacheConfig
 from cotune.runtime.executor import Executor
 from cotune.runtime.loading import LoadedModel, load_model
 from cotune.runtime.lora import read_lora
@@ -42,7 +43,6 @@ def build(
         loaded,
         device=CPU,
         cache=CacheConfig(num_pages=64),
-        adapters=AdapterConfig(max_loras=3),
         max_num_batched_tokens=64,
     )
     return loaded, executor
@@ -202,7 +202,6 @@ def test_a_family_without_a_recipe_runs_through_its_own_modules(tmp_path: Path) 
         loaded,
         device=CPU,
         cache=CacheConfig(num_pages=64),
-        adapters=AdapterConfig(),
         max_num_batched_tokens=64,
     )
     assert executor.describe()["forward"].startswith("model's modules")
