@@ -20,6 +20,7 @@ import torch
 from numba import njit
 
 from .choosing import BLOCK, DrawTable, best_first
+from .numba_cache import CACHE
 from .types import TokenLogprob
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def uniform(key, position, attempt):
     """`randomness.uniforms` for one number."""
     x = key + (np.uint64(position) + (np.uint64(attempt) << np.uint64(32))) * _GAMMA
@@ -47,7 +48,7 @@ def uniform(key, position, attempt):
     return np.float64(x >> np.uint64(16)) * 2.0**-48
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def _exp(x):
     """e**x for x <= 0 within 2 ulp of float32; 0 below -87. Cephes' expf, without a branch.
 
@@ -71,13 +72,13 @@ def _exp(x):
     return p * power if x > np.float32(-87.0) else np.float32(0.0)
 
 
-@njit(cache=True, fastmath={"contract"})
+@njit(cache=CACHE, fastmath={"contract"})
 def _exponentials(logits, top, inverse_temperature, weights):
     for i in range(len(logits)):
         weights[i] = _exp((logits[i] - top) * inverse_temperature)
 
 
-@njit(cache=True, fastmath=_FAST)
+@njit(cache=CACHE, fastmath=_FAST)
 def _block_sums(weights, floor, sums):
     """Sum the weights above `floor`, block by block; the total in float64."""
     total = 0.0
@@ -91,7 +92,7 @@ def _block_sums(weights, floor, sums):
     return total
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _find(weights, floor, sums, target):
     """The token in whose stretch of the cumulative sum of weights above `floor` `target` lies."""
     last = len(sums) - 1
@@ -112,7 +113,7 @@ def _find(weights, floor, sums, target):
     return token
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _any_from(values, least):
     """Whether any value is at least `least`."""
     count = np.int32(0)
@@ -121,7 +122,7 @@ def _any_from(values, least):
     return count > 0
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _kth_largest(values, k, heap):
     """The k-th largest value, by a heap of the k largest so far with the least on top."""
     for i in range(k):
@@ -142,7 +143,7 @@ def _kth_largest(values, k, heap):
     return least
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _sift_down(heap, at, size):
     value = heap[at]
     while True:
@@ -158,14 +159,14 @@ def _sift_down(heap, at, size):
     heap[at] = value
 
 
-@njit(cache=True, fastmath=_FAST)
+@njit(cache=CACHE, fastmath=_FAST)
 def _keep_from(measure, least, weights):
     """Zero the weights where `measure` is below `least`."""
     for i in range(len(measure)):
         weights[i] = weights[i] if measure[i] >= least else np.float32(0.0)
 
 
-@njit(cache=True, fastmath=_FAST)
+@njit(cache=CACHE, fastmath=_FAST)
 def _count_above(values, limit):
     count = np.int32(0)
     for i in range(len(values)):
@@ -173,7 +174,7 @@ def _count_above(values, limit):
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def _edit(flat, index, values):
     """See `Chooser.edit`; in place."""
     for i in range(len(index)):
@@ -182,7 +183,7 @@ def _edit(flat, index, values):
         flat[index[i]] = now - values[2, i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def _draw(
     logits,
     rows,
@@ -239,7 +240,7 @@ def _draw(
         tokens[rows[n]] = token
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=CACHE, nogil=True)
 def _token_logprobs(
     logits, tops, tokens, ks, weights, sums, heap, values, ranks, top_values, top_tokens
 ):

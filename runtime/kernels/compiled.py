@@ -31,6 +31,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
+from ..numba_cache import CACHE
 from . import simd
 from .simd import LANES
 
@@ -74,7 +75,7 @@ def _round_float32(x):
 def _build(itemsize: int, element: Any, load: Any, store: Any, rounded: Any) -> dict[str, Any]:
     """The kernels for one storage type, given its size in bytes and its vector loads and stores."""
     signature = types.void(types.voidptr)
-    options = {"nopython": True, "cache": True}
+    options = {"nopython": True, "cache": CACHE}
     step = LANES * itemsize
 
     @cfunc(signature, **options)
