@@ -7,11 +7,16 @@ A steady batch of 16 streams is decoded and read. `overhead` is planning + sampl
 delivering as a share of the iteration's wall time; delivering happens while the next forward runs,
 so counting it in full is an upper bound. `hand-over` is the way to the lane's thread and back.
 Better is: a smaller share.
+
+With --profile the same batch is also run under cProfile, without the engine around it: which part
+of the forward takes how much of the time. Profiling makes Python itself look dearer than it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import cProfile
+import pstats
 import random
 import tempfile
 import time
@@ -42,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="with a temperature (1)")
     parser.add_argument("--repeats", type=int, default=5, help="repeats that count (5)")
+    parser.add_argument("--profile", action="store_true", help="also say what the forward does")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         model = make_model(Path(directory), args.shape, args.dtype)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             rounds = runner.run(_measure(args, model))
+        profile = _profile(args, model) if args.profile else {}
     shares = [r["overhead"] for r in rounds]
     print(f"{args.shape} {args.dtype}, batch {args.batch}, temperature {args.temperature:g}")
     iterations = [r["iteration_s"] * 1e3 for r in rounds]
@@ -58,8 +65,11 @@ def run(args: argparse.Namespace) -> int:
         values = [r[part] * 1e6 for r in rounds]
         print(f"  {part[:-2].replace('_', '-'):11} {show(values, 0)} us")
     print(f"  overhead    {show([100 * s for s in shares], 1)} % of the iteration")
+    for part, share in profile.items():
+        print(f"  {100 * share:5.1f} %  {part}")
     result: dict[str, Any] = {
         "benchmark": NAME,
+        "profile": profile,
         "shape": args.shape,
         "dtype": args.dtype,
         "batch": args.batch,
@@ -115,3 +125,61 @@ async def _measure(args: argparse.Namespace, model: Path) -> list[dict[str, floa
             if turn:
                 rounds.append(round_)
     return rounds
+
+
+# Where a function that cProfile names belongs; the first match counts.
+_KINDS: Final = (
+    ("mkldnn", "matrix products (oneDNN)"),
+    ("'torch._C._nn.linear'", "matrix products"),
+    ("compiled.py", "compiled kernels"),
+    ("packing.py", "packing the batch"),
+    ("choosing", "sampling"),
+    ("sampling.py", "sampling"),
+    ("torch.empty", "allocating outputs"),
+)
+
+
+def _profile(args: argparse.Namespace, model: Path) -> dict[str, float]:
+    """Which share of the executor's own time goes where, over 200 iterations."""
+    import torch
+
+    from ..runtime.config import CacheConfig
+    from ..runtime.executor import Executor
+    from ..runtime.loading import load_model
+    from ..runtime.sampling import SamplingState
+    from ..runtime.step import SequenceStep
+    from ..runtime.types import SamplingParams
+    from ..streams.device import resolve_device
+
+    torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    loaded = load_model(model, device=device, dtype=args.dtype)
+    executor = Executor.create(
+        loaded, device=device, cache=CacheConfig(), max_num_batched_tokens=512
+    )
+    context = args.prompt + args.tokens // 2
+    pages = -(-(context + 1) // executor.page_size)
+    params = SamplingParams(temperature=args.temperature, top_p=args.top_p).resolve({})
+    steps = [
+        SequenceStep(
+            token_ids=[1],
+            start=context,
+            block_table=list(range(row * pages, (row + 1) * pages)),
+            sampling=SamplingState(params, [1], [], frozenset(), row, seed=0),
+        )
+        for row in range(args.batch)
+    ]
+    for _ in range(20):
+        executor.execute(steps)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(200):
+        executor.execute(steps)
+    profiler.disable()
+    spent: dict[str, float] = {}
+    for (file, _line, name), (_, _, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        where = f"{file} {name}"
+        kind = next((kind for mark, kind in _KINDS if mark in where), "the rest of Python")
+        spent[kind] = spent.get(kind, 0.0) + own
+    total = sum(spent.values())
+    return {kind: own / total for kind, own in sorted(spent.items(), key=lambda item: -item[1])}
