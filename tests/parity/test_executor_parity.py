@@ -214,3 +214,14 @@ def test_a_family_without_a_recipe_runs_through_its_own_modules(tmp_path: Path) 
         run(executor, sequences, CHUNKS["chunked"], slots), sequences, slots, strict=True
     ):
         assert_close(actual, reference(adapted if slot else loaded.model, ids))
+
+
+def test_a_context_shorter_than_an_iteration_is_never_left(tmp_path: Path) -> None:
+    directory = save_model_directory(tmp_path / "model", "llama", torch.float32, 3, head_dim=32)
+    loaded = load_model(directory, device=CPU, max_model_len=20)
+    executor = Executor.create(
+        loaded, device=CPU, cache=CacheConfig(num_pages=8), max_num_batched_tokens=64
+    )
+    ids = prompts(loaded.vocab_size, (20,))[0]
+    actual = run(executor, [ids], [[20]], [0])[0]
+    assert_close(actual, reference(loaded.model, ids))

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cotune.runtime.types import SamplingParams
+from cotune.tools.null_runtime import TOTAL_PAGES, NullRuntime
+from cotune.web.metrics import Histogram, Metrics
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+
+def families(metrics: Metrics) -> dict[str, Metric]:
+    return {f.name: f for f in text_string_to_metric_families(metrics.render().decode())}
+
+
+def value(metrics: Metrics, sample: str, **labels: str) -> float:
+    for family in families(metrics).values():
+        for found in family.samples:
+            if found.name == sample and labels.items() <= found.labels.items():
+                return found.value
+    raise AssertionError(f"no sample {sample} with {labels}")
+
+
+def test_a_value_falls_in_the_first_bucket_that_is_not_below_it() -> None:
+    histogram = Histogram((1.0, 2.0, 5.0))
+    for observed in (0.5, 1.0, 1.5, 2.0, 7.0):
+        histogram.observe(observed)
+    assert histogram._counts == [2, 2, 0, 1]
+    assert histogram._sum == 12.0
+
+
+VLLM_NAMES = [
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:gpu_cache_usage_perc",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:request_success_total",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:time_per_output_token_seconds_bucket",
+    "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:request_queue_time_seconds_bucket",
+    "vllm:request_prompt_tokens_bucket",
+    "vllm:request_generation_tokens_bucket",
+]
+
+
+@pytest.mark.parametrize("name", VLLM_NAMES)
+async def test_the_names_that_dashboards_parse_are_there_from_the_start(name: str) -> None:
+    async with NullRuntime(served_name="tiny") as runtime:
+        value(Metrics(runtime), name, model_name="tiny")
+
+
+async def test_the_numbers_are_those_of_the_requests() -> None:
+    async with NullRuntime(manual=True) as runtime:
+        metrics = Metrics(runtime)
+        runtime.add_listener(metrics)
+        params = SamplingParams(n=2, max_tokens=3)
+        async with runtime.complete("x" * 40, params) as stream:
+            runtime.step()
+            assert value(metrics, "vllm:num_requests_running") == 2
+            assert value(metrics, "vllm:kv_cache_usage_perc") == 3 / TOTAL_PAGES
+            assert value(metrics, "vllm:time_to_first_token_seconds_count") == 2
+            runtime.step(2)
+            await stream
+        assert value(metrics, "vllm:num_requests_running") == 0
+        assert value(metrics, "vllm:kv_cache_usage_perc") == 0
+        assert value(metrics, "vllm:prompt_tokens_total") == 40
+        assert value(metrics, "vllm:generation_tokens_total") == 6
+        assert value(metrics, "vllm:inter_token_latency_seconds_count") == 4
+        assert value(metrics, "vllm:e2e_request_latency_seconds_count") == 2
+        assert value(metrics, "vllm:request_generation_tokens_sum") == 6
+        assert value(metrics, "vllm:request_success_total", finished_reason="length") == 2
+        assert value(metrics, "vllm:request_success_total", finished_reason="stop") == 0
+        assert value(metrics, "cotune_finished_total", model="null", finish_reason="length") == 2
+        async with runtime.complete("x" * 40, params):
+            assert value(metrics, "vllm:prefix_cache_hits_total") == 32
+            assert value(metrics, "vllm:prefix_cache_queries_total") == 80
+
+
+async def test_two_servers_in_one_process_count_apart() -> None:
+    async with NullRuntime(served_name="one") as one, NullRuntime(served_name="two") as two:
+        first, second = Metrics(one), Metrics(two)
+        first.on_http("GET", "/health", 200, 0.001)
+        labels = {"method": "GET", "route": "/health", "status": "200"}
+        assert value(first, "cotune_http_requests_total", **labels) == 1
+        with pytest.raises(AssertionError):
+            value(second, "cotune_http_requests_total", **labels)
+
+
+async def test_a_refused_request_is_counted_by_reason() -> None:
+    async with NullRuntime(max_requests=0) as runtime:
+        metrics = Metrics(runtime)
+        runtime.add_listener(metrics)
+        with pytest.raises(Exception, match="try again"):
+            await runtime.complete("x", SamplingParams())
+        assert value(metrics, "cotune_rejected_total", reason="OverloadedError") == 1
+
+
+async def test_every_family_is_valid_prometheus_text_with_a_help_line() -> None:
+    async with NullRuntime() as runtime:
+        metrics = Metrics(runtime)
+        for name, family in families(metrics).items():
+            assert family.documentation, name
+            assert family.type in ("gauge", "counter", "histogram"), name

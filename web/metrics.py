@@ -1,0 +1,279 @@
+"""What /metrics says: one server's numbers in Prometheus text.
+
+Names that begin with ``cotune_`` are ours. The ``vllm:`` names carry the same measurements for
+dashboards that already parse them. Counters and gauges are read from the runtime when Prometheus
+asks; only latencies are gathered on the way, at the cost of one bisection each.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+from .. import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from prometheus_client import Metric
+
+    from ..runtime.types import Response
+    from .backend import Backend
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+# Seconds. From what a small model on one machine reaches to what a long queue costs.
+_TOKEN_BUCKETS: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5,
+    5.0, 10.0, 20.0, 40.0,
+)  # fmt: skip
+_FIRST_TOKEN_BUCKETS: Final = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+    20.0, 40.0, 80.0, 160.0, 640.0,
+)  # fmt: skip
+_REQUEST_BUCKETS: Final = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0,
+    60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
+)  # fmt: skip
+_COUNT_BUCKETS: Final = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+
+
+class Histogram:
+    """Counts per bucket. For one thread: the event loop's."""
+
+    def __init__(self, buckets: tuple[float, ...]) -> None:
+        self._buckets = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value in the first bucket that is not below it."""
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def add_to(self, family: HistogramMetricFamily, labels: list[str]) -> None:
+        """Report cumulative counts, as Prometheus wants them."""
+        names = [*map(str, self._buckets), "+Inf"]
+        family.add_metric(
+            labels, list(zip(names, accumulate(self._counts), strict=True)), self._sum
+        )
+
+
+class Metrics:
+    """Listens to a runtime and to the server's own requests; `render` tells what they did.
+
+    Each server has one, with a registry of its own, so that several live in one process.
+
+    Attributes:
+        paused_streams: streams that wait for a slow reader now.
+    """
+
+    def __init__(self, runtime: Backend) -> None:
+        self._runtime = runtime
+        self._first_token = Histogram(_FIRST_TOKEN_BUCKETS)
+        self._token_gap = Histogram(_TOKEN_BUCKETS)
+        self._mean_gap = Histogram(_TOKEN_BUCKETS)
+        self._e2e = Histogram(_REQUEST_BUCKETS)
+        self._queue = Histogram(_REQUEST_BUCKETS)
+        self._prompt_tokens = Histogram(_COUNT_BUCKETS)
+        self._answer_tokens = Histogram(_COUNT_BUCKETS)
+        self._finished: Counter[tuple[str, str]] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._http: Counter[tuple[str, str, int]] = Counter()
+        self.paused_streams = 0
+        self._http_seconds: dict[str, Histogram] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    # What the runtime tells (a `Listener`).
+
+    def on_finished(self, response: Response, /) -> None:
+        """A completion has ended."""
+        timings = response.timings
+        self._finished[response.model, response.finish_reason] += 1
+        self._e2e.observe(timings.e2e_s)
+        self._queue.observe(timings.queue_s)
+        self._prompt_tokens.observe(response.usage.prompt_tokens)
+        self._answer_tokens.observe(len(response.token_ids))
+        if timings.tbt_s:
+            self._mean_gap.observe(sum(timings.tbt_s) / len(timings.tbt_s))
+
+    def on_first_token(self, ttft_s: float, /) -> None:
+        """A completion has its first token."""
+        self._first_token.observe(ttft_s)
+
+    def on_token_gap(self, gap_s: float, /) -> None:
+        """A completion has another token."""
+        self._token_gap.observe(gap_s)
+
+    def on_rejected(self, reason: str, /) -> None:
+        """A request was not admitted."""
+        self._rejected[reason] += 1
+
+    # What the server tells.
+
+    def on_http(self, method: str, route: str, status: int, seconds: float) -> None:
+        """An HTTP request was answered, or its client left (status 499)."""
+        self._http[method, route, status] += 1
+        histogram = self._http_seconds.get(route)
+        if histogram is None:
+            histogram = self._http_seconds[route] = Histogram(_REQUEST_BUCKETS)
+        histogram.observe(seconds)
+
+    def render(self) -> bytes:
+        """The Prometheus text."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """All families, ours first."""
+        yield from self._ours()
+        yield from self._as_vllm()
+
+    def _ours(self) -> Iterator[Metric]:
+        statistics = self._runtime.statistics()
+        cache = statistics.cache
+        model = {"model": self._runtime.served_name}
+        yield _gauge("cotune_build_info", "The version that runs.", {"version": __version__}, 1)
+        yield _gauge(
+            "cotune_ready", "1 while requests are taken.", model, int(self._runtime.is_ready)
+        )
+        yield _gauge("cotune_running", "Sequences that hold pages.", model, statistics.running)
+        yield _gauge("cotune_waiting", "Sequences in the queue.", model, statistics.waiting)
+        pages = GaugeMetricFamily("cotune_kv_pages", "KV pages by state.", labels=["state"])
+        for state, count in (
+            ("free", cache.free_pages),
+            ("cached", cache.cached_pages),
+            ("owned", cache.owned_pages),
+        ):
+            pages.add_metric([state], count)
+        yield pages
+        for name, text, count in (
+            ("cotune_prompt_tokens", "Prompt tokens of admitted requests.",
+             statistics.prompt_tokens),
+            ("cotune_generated_tokens", "Tokens generated.", statistics.generated_tokens),
+            ("cotune_preemptions", "Times a running sequence lost its pages.",
+             statistics.preemptions),
+            ("cotune_iterations", "Iterations of the engine.", statistics.iterations),
+            ("cotune_failed_iterations", "Iterations that raised.", statistics.failed_iterations),
+            ("cotune_kv_evicted_pages", "Cached pages given to others.", cache.evicted_pages),
+            ("cotune_prefix_queried_tokens", "Prompt tokens looked up in the prefix cache.",
+             cache.queried_tokens),
+            ("cotune_prefix_hit_tokens", "Prompt tokens found in the prefix cache.",
+             cache.hit_tokens),
+        ):  # fmt: skip
+            yield _counter(name, text, model, count)
+        parts = CounterMetricFamily(
+            "cotune_engine_seconds", "Where the engine's time went.", labels=["part"]
+        )
+        for part in ("forward", "sample", "plan", "commit", "deliver"):
+            parts.add_metric([part], getattr(statistics, f"{part}_s"))
+        yield parts
+        finished = CounterMetricFamily(
+            "cotune_finished", "Completions that ended.", labels=["model", "finish_reason"]
+        )
+        for (name, reason), count in self._finished.items():
+            finished.add_metric([name, reason], count)
+        yield finished
+        rejected = CounterMetricFamily(
+            "cotune_rejected", "Requests that were not admitted.", labels=["reason"]
+        )
+        for reason, count in self._rejected.items():
+            rejected.add_metric([reason], count)
+        yield rejected
+        for name, text, histogram in (
+            ("cotune_ttft_seconds", "Arrival to first token.", self._first_token),
+            ("cotune_tbt_seconds", "Gap between successive tokens.", self._token_gap),
+            ("cotune_e2e_seconds", "Arrival to finish.", self._e2e),
+            ("cotune_queue_seconds", "Arrival to first scheduled.", self._queue),
+        ):
+            yield _histogram(name, text, model, histogram)
+        requests = CounterMetricFamily(
+            "cotune_http_requests",
+            "HTTP requests; status 499 where the client left.",
+            labels=["method", "route", "status"],
+        )
+        for (method, route, status), count in self._http.items():
+            requests.add_metric([method, route, str(status)], count)
+        yield requests
+        yield _gauge(
+            "cotune_http_paused_streams",
+            "Streams that wait for a slow reader.",
+            {},
+            self.paused_streams,
+        )
+        seconds = HistogramMetricFamily(
+            "cotune_http_seconds", "HTTP request to end of answer.", labels=["route"]
+        )
+        for route, histogram in self._http_seconds.items():
+            histogram.add_to(seconds, [route])
+        yield seconds
+
+    def _as_vllm(self) -> Iterator[Metric]:
+        """The same under the names (and with the label) that vLLM has."""
+        statistics = self._runtime.statistics()
+        cache = statistics.cache
+        model = {"model_name": self._runtime.served_name}
+        usage = cache.owned_pages / cache.total_pages if cache.total_pages else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Sequences that hold pages.", statistics.running),
+            ("num_requests_waiting", "Sequences in the queue.", statistics.waiting),
+            ("kv_cache_usage_perc", "Share of KV pages in use; 1 is all.", usage),
+            ("gpu_cache_usage_perc", "The same under its older name.", usage),
+        ):
+            yield _gauge(f"vllm:{name}", text, model, value)
+        for name, text, count in (
+            ("prompt_tokens", "Prompt tokens of admitted requests.", statistics.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", statistics.generated_tokens),
+            ("num_preemptions", "Times a running sequence lost its pages.",
+             statistics.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.",
+             cache.queried_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", cache.hit_tokens),
+        ):  # fmt: skip
+            yield _counter(f"vllm:{name}", text, model, count)
+        success = CounterMetricFamily(
+            "vllm:request_success", "Completions that ended.",
+            labels=["model_name", "finished_reason"],
+        )  # fmt: skip
+        by_reason: Counter[str] = Counter()
+        for (_, reason), count in self._finished.items():
+            by_reason[reason] += count
+        # All reasons from the start on, so that rates begin at zero.
+        for reason in ("stop", "length", "abort", "error"):
+            success.add_metric([self._runtime.served_name, reason], by_reason[reason])
+        yield success
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "Arrival to first token.", self._first_token),
+            ("inter_token_latency_seconds", "Gap between successive tokens.", self._token_gap),
+            ("time_per_output_token_seconds", "The same under its older name.", self._token_gap),
+            ("request_time_per_output_token_seconds", "Mean gap of a completion.", self._mean_gap),
+            ("e2e_request_latency_seconds", "Arrival to finish.", self._e2e),
+            ("request_queue_time_seconds", "Arrival to first scheduled.", self._queue),
+            ("request_prompt_tokens", "Prompt tokens of a completion.", self._prompt_tokens),
+            ("request_generation_tokens", "Tokens of a completion.", self._answer_tokens),
+        ):
+            yield _histogram(f"vllm:{name}", text, model, histogram)
+
+
+def _gauge(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _counter(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
+    family = CounterMetricFamily(name, text, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family
+
+
+def _histogram(name: str, text: str, labels: Mapping[str, str], histogram: Histogram) -> Metric:
+    family = HistogramMetricFamily(name, text, labels=list(labels))
+    histogram.add_to(family, list(labels.values()))
+    return family
