@@ -206,7 +206,6 @@ def main(argv: list[str]) -> int:
         if describe:
             answer["about"] = describe()
         _say(channel, answer)
-    channel.flush()
     os._exit(0)  # engines differ in how long they take to stop, and in whether they do
 
 

@@ -18,7 +18,10 @@ With --adapter-rank the peer is cotune without the adapter: the ratio is what th
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -139,6 +142,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            start_new_session=True,  # some engines start processes of their own: see close()
         )
         self.about: dict[str, Any] = self._read().get("about", {})
 
@@ -163,9 +167,11 @@ class Peer:
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and whatever it started."""
         if self._process.stdin is not None:
             self._process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
