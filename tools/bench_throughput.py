@@ -6,8 +6,8 @@
     cotune bench throughput --shape medium --dtype bfloat16 --adapter-rank 8
 
 32 requests arrive at once: prompts of 16 to 256 tokens, outputs of 16 to 128, greedy, the same for
-every engine. Each engine lives in a process of its own and is idle while another one runs; the
-engines take turns, so that slow spells of the machine hit all of them. The first round is warm-up.
+every engine. Each engine lives in a process of its own, stopped while another one runs; the engines
+take turns, so that slow spells of the machine hit all of them. The first round is warm-up.
 
 Better is: more output tokens per second; a ratio above 1 says that cotune is faster. `same tokens`
 is the share of output tokens before the first difference to cotune's: in float32 near 1, lower in
@@ -145,6 +145,11 @@ class Peer:
             start_new_session=True,  # some engines start processes of their own: see close()
         )
         self.about: dict[str, Any] = self._read().get("about", {})
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the process and whatever it started; an engine that waits may still be polling."""
+        os.killpg(self._process.pid, number)
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -160,9 +165,11 @@ class Peer:
     def run(self, work: Sequence[Work]) -> dict[str, Any]:
         """Have the engine answer the requests; seconds, tokens and outputs."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps([[w.prompt, w.output_tokens] for w in work]) + "\n")
         self._process.stdin.flush()
         answer = self._read()
+        self._signal(signal.SIGSTOP)
         self.about = answer.get("about", {})
         return answer
 
@@ -171,7 +178,7 @@ class Peer:
         if self._process.stdin is not None:
             self._process.stdin.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()

@@ -1,8 +1,8 @@
 """Train the demo model: a small Llama chat model, from scratch, on public text.
 
-    cotune train-demo --tokens 24000000            # over an hour on two idle CPU cores
-    cotune train-demo --tokens 30000000 --resume   # go on, and longer than first planned
-    cotune train-demo --export-only                # the last checkpoint as a model folder
+    cotune train-demo --compile                              # under an hour on two idle CPU cores
+    cotune train-demo --compile --tokens 30000000 --resume   # go on, and longer than first planned
+    cotune train-demo --export-only                          # the last checkpoint as a model folder
 
 The learning rate warms up, stays, and falls linearly to zero over the last part of the tokens
 (WSD). Until that fall begins nothing depends on ``--tokens`` and ``--decay-fraction``, so a resumed
@@ -112,7 +112,7 @@ class Schedule:
 
     settings: TrainSettings
     tokens: int
-    decay_fraction: float = 0.35
+    decay_fraction: float = 0.3
     """Part of the tokens over which the learning rate falls to zero."""
 
     @property
@@ -562,7 +562,7 @@ def export(
     ]
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=0.7,
+        temperature=0.5,
         top_p=0.9,
         repetition_penalty=1.1,
         max_new_tokens=256,
@@ -692,12 +692,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run_options = parser.add_argument_group("length and cadence")
     run_options.add_argument(
-        "--tokens", type=int, default=24_000_000, help="training tokens (default: %(default)s)"
+        "--tokens", type=int, default=14_000_000, help="training tokens (default: %(default)s)"
     )
     run_options.add_argument(
         "--decay-fraction",
         type=float,
-        default=0.35,
+        default=0.3,
         help="part of the tokens over which the learning rate falls (default: %(default)s)",
     )
     run_options.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cotune.runtime.kernels.batch import PackedBatch, Rows
 from cotune.runtime.kernels.cpu import CpuKernels
 from cotune.runtime.kernels.plain import (
