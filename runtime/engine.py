@@ -60,6 +60,8 @@ Ts = TypeVarTuple("Ts")
 log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
+STOP_LIMIT_S = 60.0
+"""How long a shutdown waits for the iteration in flight, once every request has been ended."""
 
 
 class StepExecutor(Protocol):
@@ -299,7 +301,8 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Take no new requests, let those that are here finish, and fail the rest after a while.
 
-        Those that are cut off end with `DrainingError`. Returns when no page is in use.
+        Those that are cut off end with `DrainingError`. Returns when no page is in use, or when the
+        iteration in flight has not ended within `STOP_LIMIT_S`.
         """
         self._is_draining = True
         try:
@@ -315,7 +318,16 @@ class Engine:
                     code="draining",
                 )
             )
-        await self._idle.wait()
+        try:
+            async with asyncio.timeout(STOP_LIMIT_S):
+                await self._idle.wait()
+        except TimeoutError:
+            log.error(
+                "%d sequences did not let go within %.0f s: the device hangs, or the books are "
+                "wrong; going on without them",
+                len(self._sequences),
+                STOP_LIMIT_S,
+            )
 
     def fail_all(self, error: CotuneError) -> None:
         """End every request with `error`."""
