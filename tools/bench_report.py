@@ -12,18 +12,26 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+def machine() -> dict[str, Any]:
+    """The machine, for the record."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+    }
+
+
 def environment() -> dict[str, Any]:
-    """The machine and the versions, for the record."""
+    """The machine, and what computes on it."""
     import torch
     import transformers
 
-    return {
-        "python": platform.python_version(),
+    return machine() | {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

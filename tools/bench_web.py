@@ -19,12 +19,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import os
-import platform
 import re
 import socket
-import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -34,6 +30,7 @@ import aiohttp
 import orjson
 
 from ..web.server import ServerSettings, serve
+from .bench_report import machine, print_json, spread
 from .null_runtime import NullRuntime
 
 if TYPE_CHECKING:
@@ -96,22 +93,22 @@ def run(args: argparse.Namespace) -> int:
         "clients": args.clients,
         "tokens_per_stream": args.tokens,
         "repeats": args.repeats,
-        "tokens_per_s": _spread([r.tokens_per_s for r in alone]),
-        "tokens_per_server_cpu_s": _spread([r.tokens_per_cpu_s for r in alone]),
-        "events_per_token": _spread([_events_per_token(r, args.clients) for r in alone]),
-        "gap_p50_ms": _spread([r.gap_p50_ms for r in alone]),
-        "gap_p99_ms": _spread([r.gap_p99_ms for r in alone]),
-        "stalled_reader_throughput_ratio": _spread(
+        "tokens_per_s": spread([r.tokens_per_s for r in alone]),
+        "tokens_per_server_cpu_s": spread([r.tokens_per_cpu_s for r in alone]),
+        "events_per_token": spread([_events_per_token(r, args.clients) for r in alone]),
+        "gap_p50_ms": spread([r.gap_p50_ms for r in alone]),
+        "gap_p99_ms": spread([r.gap_p99_ms for r in alone]),
+        "stalled_reader_throughput_ratio": spread(
             [b.tokens_per_s / a.tokens_per_s for a, b in zip(alone, stalled, strict=True)]
         ),
-        "stalled_reader_gap_p99_ratio": _spread(
+        "stalled_reader_gap_p99_ratio": spread(
             [b.gap_p99_ms / a.gap_p99_ms for a, b in zip(alone, stalled, strict=True)]
         ),
         "target_tokens_per_s": TARGET_TOKENS_PER_S,
         "environment": _environment(),
     }
     _print_table(result)
-    print(json.dumps(result))
+    print_json(result)
     return 1 if result["tokens_per_s"]["median"] < args.require else 0
 
 
@@ -288,22 +285,11 @@ def _events_per_token(result: Round, clients: int) -> float:
     return (result.events - 4 * clients) / result.tokens
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-    }
-
-
 def _environment() -> dict[str, Any]:
-    return {
-        "python": platform.python_version(),
+    return machine() | {
         "aiohttp": aiohttp.__version__,
         "orjson": orjson.__version__,
         "event_loop": "uvloop" if _uvloop_runner() is not None else "asyncio",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "machine": platform.machine(),
     }
 
 

@@ -15,6 +15,7 @@ from cotune import (
     SamplingParams,
 )
 from cotune.policy import inference_only
+from cotune.runtime import engine as engine_module
 from cotune.runtime.errors import IterationError
 from cotune.runtime.sequence import Status
 from engine_fakes import EOS, Bench, GatedLane, collect, letters, reference, settle
@@ -546,6 +547,18 @@ async def test_drain_fails_what_does_not_finish_in_time() -> None:
         assert stream.responses[0].finish_reason == "error"
         with pytest.raises(DrainingError):
             _ = stream.response
+
+
+async def test_drain_goes_on_without_a_device_that_never_answers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_module, "STOP_LIMIT_S", 0.01)
+    lane = GatedLane()
+    async with Bench(lane=lane) as bench, bench.stream(PROMPT):
+        in_flight = await lane.reached()
+        await bench.engine.drain(0.0)
+        assert "did not let go" in caplog.text
+        in_flight.set_result(None)
 
 
 async def test_stopping_takes_back_the_pages_of_those_who_have_left_as_well() -> None:
