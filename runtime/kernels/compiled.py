@@ -2,7 +2,7 @@
 
 Each kernel is a numba ``cfunc`` of one argument: the address of an int64 table that holds the
 addresses and sizes it needs. That makes a launch one ctypes call (3 us on two threads, GIL
-released), and lets the very OpenMP pool that torch's own operators use run it (`launch`), so that
+released), and lets the very OpenMP pool that torch's own operators use run it (`Kernel`), so that
 the two never spin against each other. Work inside a launch is handed out by an atomic counter.
 
 bfloat16 is stored as 16 bits and computed in float32; every sum is float32. Rounding points are

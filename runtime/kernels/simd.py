@@ -8,6 +8,9 @@ register, two of AVX2, four of NEON. Addresses are plain int64; nothing is check
     for i in range(0, width, LANES):
         total = fma(load_float32(x + 4 * i), load_float32(w + 4 * i), total)
     result = reduce_add(total)
+
+numba's disk cache knows a kernel by the file it is written in: after a change here, touch
+``compiled.py``.
 """
 
 # ruff: noqa: D103, ANN
@@ -45,10 +48,6 @@ lanes = Lanes()
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager, numba_type):
         super().__init__(manager, numba_type, _VF32)
-
-
-def _pointer(builder, address, pointee, align):
-    return builder.inttoptr(address, pointee.as_pointer()), align
 
 
 def _load(builder, address, vector, align):
@@ -212,7 +211,7 @@ def _power_of_two(typing, a):
     return lanes(lanes), codegen
 
 
-def _reduction(name, start):
+def _reduction(name):
     @intrinsic
     def function(typing, a):
         def codegen(context, builder, signature, args):
@@ -237,8 +236,8 @@ def _reduction(name, start):
     return function
 
 
-reduce_add = _reduction("add", 0.0)
-reduce_max = _reduction("max", 0.0)
+reduce_add = _reduction("add")
+reduce_max = _reduction("max")
 
 
 @njit(inline="always")
