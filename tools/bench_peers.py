@@ -1,8 +1,8 @@
 """One inference engine in a process of its own, driven over stdin and stdout, for comparisons.
 
-    python tools/bench_peers.py cotune       MODEL_DIR DTYPE THREADS [ADAPTER_DIR]
-    python tools/bench_peers.py transformers MODEL_DIR DTYPE THREADS
-    python tools/bench_peers.py vllm         MODEL_DIR DTYPE THREADS
+    python tools/bench_peers.py cotune       MODEL_DIR DTYPE DEVICE THREADS [ADAPTER_DIR]
+    python tools/bench_peers.py transformers MODEL_DIR DTYPE DEVICE THREADS
+    python tools/bench_peers.py vllm         MODEL_DIR DTYPE DEVICE THREADS
 
 It loads, prints ``{"ready": ...}``, then for each line ``[[prompt ids, output tokens], ...]`` runs
 those requests at once, greedily and past any end of sequence, and prints
@@ -36,16 +36,16 @@ class Engine(Protocol):
 class CotuneEngine:
     """cotune, embedded; "adapter" is used for every request where one is given."""
 
-    def __init__(self, model: str, dtype: str, threads: int, adapter: str | None) -> None:
+    def __init__(
+        self, model: str, dtype: str, device: str, threads: int, adapter: str | None
+    ) -> None:
         self._cotune: Any = importlib.import_module("cotune")
         settings: dict[str, Any] = {"dtype": dtype, "inference_threads": threads}
         if adapter is not None:
             settings["adapters"] = {"adapter": adapter}
         self._name = None if adapter is None else "adapter"
         self._runner = asyncio.Runner(loop_factory=_loop_factory())
-        self._runtime = self._cotune.Runtime(
-            model, os.environ.get("COTUNE_BENCH_DEVICE", "cpu"), **settings
-        )
+        self._runtime = self._cotune.Runtime(model, device, **settings)
         self._runner.run(self._runtime.__aenter__())
 
     def generate(self, requests: Requests) -> list[list[int]]:
@@ -92,12 +92,11 @@ def _loop_factory() -> Any:
 class TransformersEngine:
     """transformers' own continuous batching."""
 
-    def __init__(self, model: str, dtype: str, threads: int) -> None:
+    def __init__(self, model: str, dtype: str, device: str, threads: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
         torch.set_num_threads(threads)
-        device = os.environ.get("COTUNE_BENCH_DEVICE", "cpu")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
@@ -167,12 +166,14 @@ class VllmEngine:
         return [list(result.outputs[0].token_ids) for result in results]
 
 
-def make_engine(name: str, model: str, dtype: str, threads: int, adapter: str | None) -> Engine:
+def make_engine(
+    name: str, model: str, dtype: str, device: str, threads: int, adapter: str | None
+) -> Engine:
     """The engine of a name."""
     if name == "cotune":
-        return CotuneEngine(model, dtype, threads, adapter)
+        return CotuneEngine(model, dtype, device, threads, adapter)
     if name == "transformers":
-        return TransformersEngine(model, dtype, threads)
+        return TransformersEngine(model, dtype, device, threads)
     if name == "vllm":
         return VllmEngine(model, dtype, threads)
     raise SystemExit(f"no engine {name!r}; use cotune, transformers or vllm")
@@ -188,8 +189,8 @@ def main(argv: list[str]) -> int:
     # Libraries print to stdout as they please; ours is kept for answers.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    name, model, dtype, threads = argv[0], argv[1], argv[2], int(argv[3])
-    engine = make_engine(name, model, dtype, threads, argv[4] if len(argv) > 4 else None)
+    name, model, dtype, device, threads, *rest = argv
+    engine = make_engine(name, model, dtype, device, int(threads), rest[0] if rest else None)
     engine.generate([([1, 2, 3], 4)])
     describe = getattr(engine, "describe", None)
     _say(channel, {"ready": name, "about": describe() if describe else {}})

@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small", help="model (small)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--threads", type=int, default=2, help="intra-op threads (2)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (cpu)")
+    parser.add_argument("--threads", type=int, default=2, help="intra-op threads on a CPU (2)")
     parser.add_argument("--requests", type=int, default=32, help="requests at once (32)")
     parser.add_argument("--prompt", type=int, nargs=2, default=(16, 256), metavar=("MIN", "MAX"))
     parser.add_argument("--output", type=int, nargs=2, default=(16, 128), metavar=("MIN", "MAX"))
@@ -86,13 +87,13 @@ def run(args: argparse.Namespace) -> int:
     )
     with tempfile.TemporaryDirectory(prefix="cotune-bench-") as directory:
         model = make_model(Path(directory), args.shape, args.dtype)
-        engines = [Peer("cotune", sys.executable, model, args.dtype, args.threads)]
+        engines = [Peer("cotune", sys.executable, model, args)]
         for name in args.compare:
             python = args.vllm_python if name == "vllm" else sys.executable
-            engines.append(Peer(name, python, model, args.dtype, args.threads))
+            engines.append(Peer(name, python, model, args))
         if args.adapter_rank:
             adapter = make_adapter(Path(directory), model, rank=args.adapter_rank)
-            engines.append(Peer("cotune", sys.executable, model, args.dtype, args.threads, adapter))
+            engines.append(Peer("cotune", sys.executable, model, args, adapter))
         try:
             result = _measure(engines, work, args.repeats)
         finally:
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         "benchmark": NAME,
         "shape": args.shape,
         "dtype": args.dtype,
+        "device": args.device,
         "threads": args.threads,
         "requests": args.requests,
         "prompt_tokens": sum(len(w.prompt) for w in work),
@@ -121,8 +123,7 @@ class Peer:
         name: str,
         python: str,
         model: Path,
-        dtype: str,
-        threads: int,
+        args: argparse.Namespace,
         adapter: Path | None = None,
     ) -> None:
         self.name = name if adapter is None else f"{name} with adapter"
@@ -131,8 +132,9 @@ class Peer:
             str(Path(__file__).with_name("bench_peers.py")),
             name,
             str(model),
-            dtype,
-            str(threads),
+            args.dtype,
+            args.device,
+            str(args.threads),
             *([] if adapter is None else [str(adapter)]),
         ]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in close()
