@@ -49,6 +49,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "throughput": ("bench_throughput", "tokens per second of mixed requests, beside other engines"),
     "prefix": ("bench_prefix", "time to first token with and without a cached prefix"),
     "overhead": ("bench_overhead", "where an iteration's time goes"),
+    "attention": ("bench_attention", "paged attention beside torch's own"),
     "web": ("bench_web", "the HTTP layer alone, without a model"),
 }
 

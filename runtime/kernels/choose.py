@@ -71,11 +71,9 @@ def compare(candidate: PlainKernels, layer: LayerAttention) -> float:
     plain.page_size = candidate.page_size
     size = candidate.page_size
     steps = [(size - 1, 1), (size, 1), (2 * size + 3, 1), (size + 5, size + 7)]
-    pages = [-(-(start + new) // size) for start, new in steps]
-    order = torch.randperm(sum(pages), generator=torch.Generator().manual_seed(0)).tolist()
-    tables = [[order.pop() for _ in range(count)] for count in pages]
+    tables, pages = _scatter(steps, size)
     for kernels in (candidate, plain):
-        kernels.allocate(sum(pages))
+        kernels.allocate(pages)
     generator = torch.Generator().manual_seed(1)
     half = shape.head_dim // 2
     angles = torch.rand(max(sum(step) for step in steps), half, generator=generator)
@@ -93,6 +91,21 @@ def compare(candidate: PlainKernels, layer: LayerAttention) -> float:
         worst = (results[0] - results[1]).abs().amax()
         difference = max(difference, float("inf") if worst.isnan() else float(worst))
     return difference
+
+
+def scattered_batch(
+    lengths: list[tuple[int, int]], page_size: int, device: torch.device
+) -> tuple[PackedBatch, int]:
+    """A batch of (tokens already there, new tokens) per sequence, and how many pages it lies on."""
+    tables, pages = _scatter(lengths, page_size)
+    return _batch(lengths, tables, page_size, device), pages
+
+
+def _scatter(lengths: list[tuple[int, int]], size: int) -> tuple[list[list[int]], int]:
+    """A block table for each sequence, on pages in no order; and their number."""
+    counts = [-(-(start + new) // size) for start, new in lengths]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).tolist()
+    return [[order.pop() for _ in range(count)] for count in counts], sum(counts)
 
 
 def _batch(
