@@ -341,10 +341,6 @@ class Engine:
         self._is_stopping = True
         self._wake.set()
 
-    def forget_prefixes(self, namespace: object) -> None:
-        """An adapter version was retired: its prefixes are of no use any more."""
-        self._cache.drop_namespace(namespace)
-
     # -- the loop --------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -41,6 +41,8 @@ class AdapterTable:
         down, up: all slots' matrices stacked, (sum of R, in) and (out, sum of R), in the model's
             dtype; None when empty.
         owner: (sum of R,) int64, the slot that each stacked column belongs to.
+        spans: slot to its first and last + 1 stacked column.
+        lines: one more than the highest slot that was ever installed, with matrices here or not.
         version: changes whenever the content does.
     """
 
@@ -53,11 +55,14 @@ class AdapterTable:
         self.down: torch.Tensor | None = None
         self.up: torch.Tensor | None = None
         self.owner: torch.Tensor | None = None
+        self.spans: dict[int, tuple[int, int]] = {}
+        self.lines = 1
         self.version = 0
 
     def install(self, slot: int, weights: LoraWeights) -> None:
         """Put an adapter's matrices for these layers in a slot, replacing what was there."""
         self.slots.pop(slot, None)
+        self.lines = max(self.lines, slot + 1)
         parts, first = [], 0
         for path, width in self._layout:
             pair = weights.modules.get(path)
@@ -81,6 +86,7 @@ class AdapterTable:
 
     def _stack(self) -> None:
         self.version += 1
+        self.spans = {}
         if not self.slots:
             self.down = self.up = self.owner = None
             return
@@ -93,15 +99,6 @@ class AdapterTable:
             rank, width = part.up.shape
             self.up[part.first : part.first + width, at : at + rank] = part.up.t()
             owners += [slot] * rank
+            self.spans[slot] = (self.spans.get(slot, (at, at))[0], at + rank)
             at += rank
         self.owner = torch.tensor(owners, device=self._device)
-
-    def columns(self, slot: int) -> tuple[int, int] | None:
-        """First and last + 1 stacked column of a slot; None where it has none."""
-        at = 0
-        for other in sorted(self.slots):
-            rank = sum(part.down.shape[0] for part in self.slots[other])
-            if other == slot:
-                return at, at + rank
-            at += rank
-        return None

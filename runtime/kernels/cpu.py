@@ -51,7 +51,7 @@ class _Described:
     def of(cls, table: AdapterTable) -> _Described:
         most = max((len(parts) for parts in table.slots.values()), default=0)
         # Every slot that a row may name has a line; those without matrices have no parts.
-        cells = torch.zeros(max(table.slots, default=0) + 64, 1 + 5 * most, dtype=torch.int64)
+        cells = torch.zeros(table.lines, 1 + 5 * most, dtype=torch.int64)
         ranks, is_usable = 4, True
         for slot, parts in table.slots.items():
             cells[slot, 0] = len(parts)

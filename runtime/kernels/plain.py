@@ -145,9 +145,9 @@ class PlainKernels:
         if table.down is None or table.up is None or table.owner is None:
             return
         if routing.single:
-            columns = table.columns(routing.single)
-            if columns is not None:
-                low, high = columns
+            span = table.spans.get(routing.single)
+            if span is not None:
+                low, high = span
                 y.addmm_(F.linear(x, table.down[low:high]), table.up[:, low:high].t())
             return
         small = F.linear(x, table.down)

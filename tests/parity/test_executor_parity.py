@@ -174,6 +174,21 @@ def test_each_row_has_its_own_adapter_as_peft_computes_it(tmp_path: Path, family
     assert_close(cleared, base[2])
 
 
+def test_a_high_slot_that_leaves_some_layers_alone_changes_only_the_others(tmp_path: Path) -> None:
+    loaded, executor = build(tmp_path, "llama", torch.float32, head_dim=32)
+    wanted = {0: loaded.model}
+    for slot, names in {1: ["q_proj", "o_proj", "down_proj"], 200: ["v_proj"]}.items():
+        path = save_lora(tmp_path / f"adapter{slot}", loaded.model, 4, names, slot)
+        executor.install_adapter(slot, read_lora(path, loaded.model, max_rank=64))
+        wanted[slot] = with_peft_adapter(loaded.model, path)
+    sequences = prompts(loaded.vocab_size, (33, 17, 5))
+    slots = [200, 1, 0]
+    for actual, ids, slot in zip(
+        run(executor, sequences, [[33], [17], [5]], slots), sequences, slots, strict=True
+    ):
+        assert_close(actual, reference(wanted[slot], ids))
+
+
 def test_a_family_without_a_recipe_runs_through_its_own_modules(tmp_path: Path) -> None:
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
