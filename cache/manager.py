@@ -27,7 +27,7 @@ room for the tokens to compute; after it `record` offers the pages that have bec
 `close` gives all back. A step that failed is undone by not recording it.
 
 The namespace names the weights: the engine passes an ``AdapterVersion``. KV is never shared across
-namespaces, and a namespace that was dropped never comes back.
+namespaces. One that was dropped stays empty, unless it is revived because the same weights return.
 """
 
 from __future__ import annotations
@@ -243,13 +243,35 @@ class KVCacheManager:
             self._pool.release(page)
 
     def drop_namespace(self, namespace: Hashable) -> None:
-        """Retire the weights that `namespace` names, for good. Idempotent.
+        """Retire the weights that `namespace` names. Idempotent.
 
         Its cached pages are free at once; pages that open sequences read, when those are closed.
-        Nothing is found in it or recorded under it any more.
+        Nothing is found in it or recorded under it any more, unless `revive_namespace` is called.
         """
         for page in self._trie.retire(namespace):
             self._pool.release(page)
+
+    def revive_namespace(self, namespace: Hashable) -> None:
+        """The weights that a dropped `namespace` named are back: it is usable again, and empty.
+
+        Only for weights that are bit for bit the same. Sequences that were open when it was dropped
+        keep their pages to themselves until they are closed. Idempotent.
+        """
+        self._trie.revive(namespace)
+
+    def hot_prefixes(self, namespace: Hashable, max_tokens: int) -> list[tuple[int, ...]]:
+        """Prefixes that more than one sequence had, whose KV is still there; most valuable first.
+
+        For prefilling them under the next version. A prefix is worth as much as it has spared or
+        would have: its tokens, each as often as it was used. They are full pages. No prefix is the
+        beginning of another, and computing all of them costs at most `max_tokens`, since what they
+        share is computed once.
+        """
+        pages = max_tokens // self.page_size
+        return [
+            tuple(token for tokens in path for token in tokens)
+            for path in self._trie.hot_paths(namespace, pages, min_uses=2)
+        ]
 
     def statistics(self) -> CacheStatistics:
         """Counts of now and since the start."""

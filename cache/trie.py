@@ -26,12 +26,18 @@ it goes on below the node, and its page is noted there as a spare. When the last
 node's page leaves, a spare takes its place, and the old page is given back at once. So the trie
 never keeps a page from being used that no sequence reads.
 
+*Uses.* A node counts the sequences that came to it, by finding it or by computing the same. Whoever
+comes to a node came to all nodes above it. So counts never grow on the way down, and the most used
+pages of a namespace are found from the root without looking at the rest.
+
 The trie returns pages and never frees them. It counts as one holder of each page that it names,
 spares included, from the call that hands the page in to the call that returns it.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
@@ -60,6 +66,7 @@ class _Node:
     tokens: Tokens
     page: int
     readers: int = 1
+    uses: int = 1
     children: dict[Tokens, _Node] = field(default_factory=dict)
     spares: tuple[int, ...] = ()
 
@@ -101,7 +108,7 @@ class PrefixTrie:
             raise ValueError(f"page_size is {page_size}; a page holds at least 1 token")
         self._page_size = page_size
         self._roots: dict[Hashable, _Root] = {}
-        # One small key per version ever retired: what keeps a late sequence from reviving it.
+        # One small key per version that is retired: what keeps a late sequence from reviving it.
         self._retired: set[Hashable] = set()
         # Nodes without readers, least recently used first, children before parents.
         self._unread: OrderedDict[_Node, None] = OrderedDict()
@@ -140,6 +147,7 @@ class PrefixTrie:
             if node.readers == 0:
                 del self._unread[node]
             node.readers += 1
+            node.uses += 1
             pages.append(node.page)
             cursor._node = node
         cursor.depth = len(pages)
@@ -175,8 +183,10 @@ class PrefixTrie:
         elif node.readers == 0:
             del self._unread[node]
             displaced, node.page, node.readers = node.page, page, 1
+            node.uses += 1
         else:
             node.spares = (*node.spares, page)
+            node.uses += 1
         cursor._node = node
         cursor.depth += 1
         return displaced
@@ -230,8 +240,53 @@ class PrefixTrie:
             pages.append(node.page)
         return pages
 
+    def hot_paths(self, namespace: Hashable, max_pages: int, min_uses: int) -> list[list[Tokens]]:
+        """The most used pages of a namespace, as paths from the root, most used first.
+
+        Args:
+            namespace: whose tree is read.
+            max_pages: most pages in all; a page that several paths share counts once.
+            min_uses: pages with fewer uses are left out.
+
+        Returns:
+            For each page that none of the chosen ones follows, the tokens of the pages from the
+            root down to it. Costs follow `max_pages` and the children of the pages chosen.
+        """
+        root = self._roots.get(namespace)
+        if root is None:
+            return []
+        # No page is used more often than the one above it. So taking the most used of all that
+        # are within reach takes the most used of all there are. The number breaks ties: the page
+        # that was reached first.
+        reach: list[tuple[int, int, _Node]] = []
+        numbers = itertools.count()
+
+        def reach_below(parent: _Node | _Root) -> None:
+            for node in parent.children.values():
+                if node.uses >= min_uses:
+                    heapq.heappush(reach, (-node.uses, next(numbers), node))
+
+        reach_below(root)
+        chosen: dict[_Node, None] = {}
+        while reach and len(chosen) < max_pages:
+            _uses, _number, node = heapq.heappop(reach)
+            chosen[node] = None
+            reach_below(node)
+        inner = {node.parent for node in chosen}
+        paths = [_path(node) for node in chosen if node not in inner]
+        # What a path saves: all its pages, each as often as it is used.
+        paths.sort(key=lambda path: sum(node.uses for node in path), reverse=True)
+        return [[node.tokens for node in path] for path in paths]
+
+    def revive(self, namespace: Hashable) -> None:
+        """Take `retire` back: the namespace may be used again, and begins empty.
+
+        Right only where it names the same weights as before. Cursors from before stay retired.
+        """
+        self._retired.discard(namespace)
+
     def retire(self, namespace: Hashable) -> list[int]:
-        """Take a namespace out, for good: nothing is found in it or recorded under it again.
+        """Take a namespace out: nothing is found in it or recorded under it until `revive`.
 
         Returns every page that the trie held for it. Those that sequences still read are theirs
         alone from now on. Retiring twice returns nothing the second time.
@@ -281,6 +336,8 @@ class PrefixTrie:
             _check(bool(root.children) or root.cursors > 0, f"{namespace} is empty but not gone")
             for node in _walk(root):
                 name = f"the node of page {node.page} in {namespace}"
+                most = node.uses if isinstance(node.parent, _Root) else node.parent.uses
+                _check(1 <= node.uses <= most, f"{name} is used more than the one above")
                 for page in (node.page, *node.spares):
                     _check(
                         page not in owner, f"page {page} is in {owner.get(page)} and {namespace}"
@@ -316,6 +373,16 @@ class PrefixTrie:
     def _forget_if_empty(self, root: _Root) -> None:
         if root.cursors == 0 and not root.children:
             del self._roots[root.namespace]
+
+
+def _path(node: _Node) -> list[_Node]:
+    """From the root's child down to `node`."""
+    path = [node]
+    while isinstance(node.parent, _Node):
+        node = node.parent
+        path.append(node)
+    path.reverse()
+    return path
 
 
 def _walk(root: _Root) -> Iterator[_Node]:

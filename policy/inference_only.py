@@ -8,6 +8,9 @@ One token budget per iteration, spent in this order (Yu et al. 2022, "Orca", §4
 
 There are never more running sequences than the budget has tokens, so every decode is in every
 iteration, however long the prompts beside it are.
+
+Background prompts (reference log-probabilities, the gate, prefixes of a new version) take part like
+any other, with a low rank. While anybody waits for an answer they get a small share of the budget.
 """
 
 from __future__ import annotations
@@ -65,18 +68,32 @@ class InferenceOnly:
             else:
                 unfinished.append(view)
         tokens_left = budgets.tokens - len(decodes)
+        background_left = _background_tokens(observation)
         prefills: list[Chunk] = []
         for view in unfinished:
             if tokens_left <= 0:
                 break
             tokens = min(view.known - view.computed, tokens_left)
-            tokens_left -= tokens
-            prefills.append(Chunk(view.key, tokens))
+            if view.is_background:
+                tokens = min(tokens, background_left)
+                background_left -= tokens
+            if tokens > 0:
+                tokens_left -= tokens
+                prefills.append(Chunk(view.key, tokens))
 
         admissions: tuple[Chunk, ...] = ()
         if observation.waiting and tokens_left > 0 and not preemptions:
-            admissions = _admit(observation, tokens_left, pages_left)
+            admissions = _admit(observation, tokens_left, pages_left, background_left)
         return IterationPlan(preemptions, tuple(decodes), tuple(prefills), admissions)
+
+
+def _background_tokens(observation: Observation) -> int:
+    """What background prompts may have of this iteration."""
+    budgets = observation.budgets
+    is_awaited = not all(view.is_background for view in observation.running) or not all(
+        view.is_background for view in observation.waiting
+    )
+    return min(budgets.background_tokens, budgets.tokens) if is_awaited else budgets.tokens
 
 
 def _pages_to_grow(view: RunningView, page_size: int) -> int:
@@ -108,7 +125,9 @@ def _headroom(running: tuple[RunningView, ...], page_size: int) -> int:
     return max(0, pages)
 
 
-def _admit(observation: Observation, tokens_left: int, pages_left: int) -> tuple[Chunk, ...]:
+def _admit(
+    observation: Observation, tokens_left: int, pages_left: int, background_left: int
+) -> tuple[Chunk, ...]:
     """The waiting sequences that start now, in rank order."""
     budgets = observation.budgets
     page_size = budgets.page_size
@@ -122,6 +141,8 @@ def _admit(observation: Observation, tokens_left: int, pages_left: int) -> tuple
     for view in observation.waiting:
         if sequences_left <= 0 or tokens_left <= 0:
             break
+        if view.is_background and background_left <= 0:
+            continue
         pages = pages_to_start(view, page_size)
         if pages > pages_left and not is_alone:
             break
@@ -134,6 +155,9 @@ def _admit(observation: Observation, tokens_left: int, pages_left: int) -> tuple
                 in_use.add(view.adapter)
                 slots_left -= 1
         tokens = min(view.known - view.cached, tokens_left)
+        if view.is_background:
+            tokens = min(tokens, background_left)
+            background_left -= tokens
         tokens_left -= tokens
         pages_left -= pages
         sequences_left -= 1

@@ -42,6 +42,8 @@ class RunningView(NamedTuple):
     """Pages in its block table; they may cover fewer than `known` tokens."""
     private_pages: int
     """Pages that would become available if it gave way, as far as the engine knows."""
+    is_background: bool = False
+    """Nobody waits for it: work of the runtime's own, such as scoring feedback."""
 
 
 class WaitingView(NamedTuple):
@@ -55,6 +57,8 @@ class WaitingView(NamedTuple):
     """Tokens that are likely to be found in the prefix trie."""
     adapter: Hashable | None
     """The adapter version that it needs a slot for; None for the base model."""
+    is_background: bool = False
+    """See `RunningView`."""
 
 
 class Budgets(NamedTuple):
@@ -66,6 +70,8 @@ class Budgets(NamedTuple):
     """Sequences that run at once."""
     page_size: int
     """Token slots per page."""
+    background_tokens: int = 64
+    """Of `tokens`, most that background prompts may have while anybody waits for an answer."""
 
 
 class Observation(NamedTuple):

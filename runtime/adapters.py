@@ -22,6 +22,16 @@ The store keeps books and copies nothing. Its owner, the engine, does the copyin
 A slot is given to another version only when nobody holds it. Installs and steps run on one FIFO
 lane, so an install never overtakes a step that still reads what the slot held before.
 
+*Learned* names get their versions from training. Their numbers come from the version store on
+disk, where a number names the same weights for ever; so a version that has left may come back
+under its number, and `on_returned` says so before anyone can use it. A learned name may be the
+served model's own. Without a live version it means the base model, which is also its version 0:
+
+    candidate = store.add(name, weights, path, number=7, make_live=False)    held by a pin
+    ...                                     warm its prefixes, judge it
+    store.set_live(candidate)               or not; new requests follow at once
+    store.unpin(candidate)                  a candidate that is not live leaves here
+
 All methods belong to the event-loop thread and none blocks.
 """
 
@@ -32,7 +42,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from .errors import AdapterLoadError, NotFoundError
+from .errors import AdapterLoadError, ConflictError, NotFoundError
 from .types import BASE, AdapterVersion
 
 if TYPE_CHECKING:
@@ -109,8 +119,10 @@ class AdapterStore:
 
     Args:
         max_slots: adapters that can be in use at once; 0 turns adapters off.
-        reserved_names: names that no adapter may take (those of the base model).
+        reserved_names: names that no adapter may take (those of the base model), unless they learn.
+        learned_names: names whose versions come from training, with numbers of their own.
         on_retired: called with each version that has left, after the books are in order.
+        on_returned: called with each learned version that had left and is held again.
     """
 
     def __init__(
@@ -118,16 +130,21 @@ class AdapterStore:
         max_slots: int,
         *,
         reserved_names: Iterable[str] = (),
+        learned_names: Iterable[str] = (),
         on_retired: Callable[[AdapterVersion], None] | None = None,
+        on_returned: Callable[[AdapterVersion], None] | None = None,
     ) -> None:
         self.max_slots = max_slots
-        self._reserved = frozenset(reserved_names)
+        self._learned = frozenset(learned_names)
+        self._reserved = frozenset(reserved_names) - self._learned
         self._on_retired = on_retired
+        self._on_returned = on_returned
         self._entries: dict[AdapterVersion, _Entry] = {}
         self._live: dict[str, AdapterVersion] = {}
         # Versions count up for ever, also past a removal: KV pages are keyed by (name, version), so
         # a number that came back with other weights would find the old ones' pages.
         self._last_number: Counter[str] = Counter()
+        self._left: set[AdapterVersion] = set()  # learned versions that retired and may return
         self._slots: list[_Entry | None] = [None] * max_slots  # index 0 is slot 1
         self._tick = 0
         self._installs = 0
@@ -135,8 +152,25 @@ class AdapterStore:
 
     # --- names and versions
 
-    def add(self, name: str, weights: LoraWeights, path: Path) -> AdapterVersion:
-        """Make `weights` the live version of `name`; the one before leaves with its last user.
+    def add(
+        self,
+        name: str,
+        weights: LoraWeights,
+        path: Path,
+        *,
+        number: int | None = None,
+        make_live: bool = True,
+    ) -> AdapterVersion:
+        """Hold `weights` as a version of `name`; the one that was live leaves with its last user.
+
+        Args:
+            name: what requests ask for.
+            weights: the adapter.
+            path: where it was read from; shown in lists.
+            number: of a learned name's version, from 1. It names the same weights for ever, so if
+                that version is still held, it is used and `weights` are not needed. Other names
+                count up by themselves and take none.
+            make_live: False pins it once instead, so that it stays until the caller's `unpin`.
 
         Raises:
             AdapterLoadError: if the name cannot be used, or adapters are turned off.
@@ -147,21 +181,62 @@ class AdapterStore:
                 f"adapter {name!r}: max_loras is 0, so no adapter can be served; raise --max-loras",
                 param="name",
             )
-        self._last_number[name] += 1
-        version = AdapterVersion(name, self._last_number[name])
-        before = self._live.get(name)
-        self._entries[version] = _Entry(version, weights, path, datetime.now(UTC))
-        self._live[name] = version
+        version = AdapterVersion(name, self._number(name, number))
+        entry = self._entries.get(version)
+        if entry is None:
+            entry = _Entry(version, weights, path, datetime.now(UTC))
+            self._entries[version] = entry
+            self._last_number[name] = max(self._last_number[name], version.version)
+        entry.pins += 1
+        if version in self._left:
+            self._left.remove(version)
+            if self._on_returned is not None:
+                self._on_returned(version)
+        if make_live:
+            self.set_live(version)
+            self.unpin(version)
+        return version
+
+    def set_live(self, version: AdapterVersion) -> None:
+        """From now on its name means `version`; the one before leaves with its last user.
+
+        Raises:
+            NotFoundError: if it has left, or its name was removed.
+        """
+        entry = self._entry(version)
+        if entry.is_removed:
+            raise self._not_found(str(version))
+        before = self._live.get(version.name)
+        self._live[version.name] = version
         if before is not None:
             self._retire_if_unused(self._entries[before])
-        return version
+
+    def clear_live(self, name: str) -> None:
+        """From now on the learned `name` means the base model. Nothing happens if it does already.
+
+        Raises:
+            ValueError: if the name does not learn; see `remove`.
+        """
+        if name not in self._learned:
+            raise ValueError(f"{name!r} does not learn; remove it instead")
+        before = self._live.pop(name, None)
+        if before is not None:
+            self._retire_if_unused(self._entries[before])
 
     def remove(self, name: str) -> None:
         """No new request finds any version of `name`; those that use one finish on it.
 
         Raises:
             NotFoundError: if there is no such name.
+            ConflictError: if the name learns.
         """
+        if name in self._learned:
+            raise ConflictError(
+                f"adapter {name!r} learns from feedback and cannot be removed; roll it back to "
+                "version 0 to serve the base model under its name",
+                param="name",
+                code="adapter_learns",
+            )
         if name not in self._live:
             raise self._not_found(name)
         del self._live[name]
@@ -172,14 +247,20 @@ class AdapterStore:
     def resolve(self, model_name: str) -> AdapterVersion:
         """The version that `model_name` asks for: ``name`` (the live one) or ``name@3``.
 
+        A learned name without a live version, and its version 0, are the base model: `BASE`.
+
         Raises:
             NotFoundError: if there is none, or it has left.
         """
         live = self._live.get(model_name)
         if live is not None:
             return live
+        if model_name in self._learned:
+            return BASE
         name, _, number = model_name.rpartition("@")
         if number.isascii() and number.isdigit():
+            if name in self._learned and int(number) == 0:
+                return BASE
             version = AdapterVersion(name, int(number))
             entry = self._entries.get(version)
             if entry is not None and not entry.is_removed:
@@ -303,6 +384,7 @@ class AdapterStore:
             assert entry.pins >= 0
             assert entry.grants >= 0
             assert version.version <= self._last_number[version.name]
+            assert version not in self._left, f"{version} is held and has left"
             if entry.slot is None:
                 assert entry.grants == 0, f"{version} is granted without a slot"
                 assert not entry.is_installed, f"{version} is installed nowhere"
@@ -311,6 +393,7 @@ class AdapterStore:
         for name, version in self._live.items():
             assert version.name == name
             assert version in self._entries, f"{version} is live and lost"
+        assert all(version.name in self._learned for version in self._left)
 
     # --- inside
 
@@ -348,8 +431,26 @@ class AdapterStore:
         if entry.slot is not None:
             self._take_slot(entry)
         del self._entries[version]
+        if version.name in self._learned:
+            self._left.add(version)
         if self._on_retired is not None:
             self._on_retired(version)
+
+    def _number(self, name: str, number: int | None) -> int:
+        """The number of a version that is to be added."""
+        if name in self._learned:
+            if number is None:
+                raise AdapterLoadError(
+                    f"adapter {name!r} learns from feedback, and its versions come from training; "
+                    "load this one under another name",
+                    param="name",
+                )
+            if number < 1:
+                raise ValueError(f"{name!r} @{number}: learned versions are numbered from 1")
+            return number
+        if number is not None:
+            raise ValueError(f"{name!r} does not learn; its versions count up by themselves")
+        return self._last_number[name] + 1
 
     def _check_name(self, name: str) -> None:
         if not name or len(name) > MAX_NAME_CHARS or not name.isprintable() or name != name.strip():
@@ -369,7 +470,7 @@ class AdapterStore:
             )
 
     def _not_found(self, model_name: str) -> NotFoundError:
-        names = ", ".join(sorted(self._live)) or "none"
+        names = ", ".join(sorted({*self._live, *self._learned})) or "none"
         return NotFoundError(
             f"there is no adapter {model_name!r}; loaded adapters: {names}",
             param="model",

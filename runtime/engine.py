@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from .errors import CotuneError
     from .lora import LoraWeights
     from .step import SequenceResult, StepResult
-    from .types import AdapterVersion, SamplingParams
+    from .types import AdapterVersion, Response, SamplingParams
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -160,6 +160,7 @@ class Engine:
 
         self._keys = itertools.count()
         self._requests: dict[str, Request] = {}
+        self._recorder: Callable[[object, Response, SamplingParams], None] | None = None
         self._sequences: dict[int, SequenceState] = {}  # waiting or running
         self._waiting: list[SequenceState] = []  # in order of rank
         self._views: list[WaitingView] = []  # of the same
@@ -228,7 +229,17 @@ class Engine:
             )
         return wanted
 
-    def check_room(self) -> None:
+    def record_with(
+        self, recorder: Callable[[object, Response, SamplingParams], None] | None
+    ) -> None:
+        """From now on tell `recorder` of each finished answer whose request has a `record`.
+
+        It is called on the event loop with that record, the answer and its parameters, and must be
+        quick.
+        """
+        self._recorder = recorder
+
+    def check_room(self, *, is_background: bool = False) -> None:
         """Raise `DrainingError` or `OverloadedError` where a request would be refused now."""
         if not self.is_accepting:
             raise DrainingError(
@@ -237,7 +248,7 @@ class Engine:
                 retry_after_s=5.0,
                 code="draining",
             )
-        if self._unstarted >= self._max_queue:
+        if self._unstarted >= self._max_queue and not is_background:
             raise OverloadedError(
                 f"{self._unstarted} requests are waiting, as many as schedule.max_queue allows; "
                 "try again later, or serve with a larger max_queue",
@@ -252,7 +263,7 @@ class Engine:
             DrainingError, OverloadedError: see `check_room`.
             RequestError: a live request has this id.
         """
-        self.check_room()
+        self.check_room(is_background=request.is_background)
         if request.id in self._requests:
             raise RequestError(
                 f"request_id {request.id!r} belongs to a request that is not finished; "
@@ -278,8 +289,9 @@ class Engine:
             request.prompt_logprobs = [None] * len(request.prompt)
         self._requests[request.id] = request
         self._idle.clear()
-        self._unstarted += 1
-        self._prompt_tokens += len(request.prompt)
+        if not request.is_background:
+            self._unstarted += 1
+            self._prompt_tokens += len(request.prompt)
         self._held += len(sequences) - 1
         self._enqueue(sequences[0])
         self._wake.set()
@@ -305,6 +317,11 @@ class Engine:
         iteration in flight has not ended within `STOP_LIMIT_S`.
         """
         self._is_draining = True
+        stopped = DrainingError("the runtime is shutting down", code="draining")
+        for request in [known for known in self._requests.values() if known.is_background]:
+            self._fail(request, stopped)
+        self._note_idle()
+        self._wake.set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
@@ -411,6 +428,7 @@ class Engine:
                     len(seq.tokens),
                     count,
                     count - pages.cached_tokens // page_size,
+                    seq.request.is_background,
                 )
             )
         return Observation(
@@ -434,7 +452,8 @@ class Engine:
             view = self._views[index]
             if seq.hint_epoch != self._hint_epoch:
                 seq.hint_epoch = self._hint_epoch
-                cached = self._cache.match(seq.request.version, seq.tokens) if seq.uses_cache else 0
+                known = seq.tokens[: seq.cacheable_tokens]
+                cached = self._cache.match(seq.request.version, known)
                 if cached != view.cached:
                     view = self._views[index] = seq.waiting_view(cached)
             tokens -= view.known - view.cached
@@ -527,6 +546,7 @@ class Engine:
             seq.index == 0
             and start < len(request.prompt)
             and request.lacks_prompt_logprobs
+            and end >= request.logprobs_start
             and (targets := request.prompt[start + 1 : end + 1])
         ):
             wanted = request.params.prompt_logprobs
@@ -652,11 +672,14 @@ class Engine:
         listeners = self._listeners
         times = seq.token_times
         for index in range(before, seq.published):
+            if seq.request.is_background:
+                break
             if index == 0:
                 listeners.on_first_token(times[0] - seq.request.arrival_s)
             else:
                 listeners.on_token_gap(times[index] - times[index - 1])
-        self._generated_tokens += seq.published - before
+        if not seq.request.is_background:
+            self._generated_tokens += seq.published - before
         if seq.is_published:
             self._end(seq)
         seq.request.announce(seq.index)
@@ -687,7 +710,7 @@ class Engine:
         grant = self._adapters.acquire(request.version)
         if grant is None:
             return None
-        pages = self._cache.open(request.version, seq.tokens, use_cache=seq.uses_cache)
+        pages = self._cache.open(request.version, seq.tokens[: seq.cacheable_tokens])
         if not self._cache.reserve(pages, len(seq.tokens)):
             self._cache.close(pages)
             self._adapters.release(request.version)
@@ -704,9 +727,7 @@ class Engine:
         if seq.scheduled_s is None:
             seq.scheduled_s = self._clock()
             seq.cached_tokens = pages.cached_tokens
-            if not request.is_started:
-                request.is_started = True
-                self._unstarted -= 1
+            self._note_started(request)
         return grant
 
     def _release(self, seq: SequenceState) -> None:
@@ -749,15 +770,23 @@ class Engine:
         now_s = self._clock()
         seq.response = seq.respond(now_s)
         request.unfinished -= 1
-        self._finished += 1
-        self._finish_times.append(now_s)
         if not request.unfinished:
-            if not request.is_started:
-                request.is_started = True
-                self._unstarted -= 1
+            self._note_started(request)
             del self._requests[request.id]
             self._adapters.unpin(request.version)
+        if request.is_background:
+            return
+        self._finished += 1
+        self._finish_times.append(now_s)
         self._listeners.on_finished(seq.response)
+        if self._recorder is not None and request.record is not None:
+            self._recorder(request.record, seq.response, request.params)
+
+    def _note_started(self, request: Request) -> None:
+        """`request` waits no longer in the queue that callers fill."""
+        if not request.is_started:
+            request.is_started = True
+            self._unstarted -= not request.is_background
 
     def _fail(self, request: Request, error: CotuneError) -> None:
         """End a request with an error, all its sequences."""
@@ -849,7 +878,10 @@ class Engine:
             unfinished = sum(seq.response is None for seq in request.sequences)
             _check(unfinished == request.unfinished, f"unfinished of {request.id}")
         _check(held == self._held, "held siblings")
-        unstarted = sum(not request.is_started for request in self._requests.values())
+        unstarted = sum(
+            not (request.is_started or request.is_background)
+            for request in self._requests.values()
+        )
         _check(unstarted == self._unstarted, "requests that were not started")
         statistics = self._cache.statistics()
         owned = {page for seq in self._running if seq.pages for page in seq.pages.block_table}

@@ -6,9 +6,12 @@
     │   └── AdapterLoadError       a LoRA directory does not fit this model
     ├── RequestError               a request is wrong; the caller can mend it
     │   ├── ContextLengthError     prompt plus answer do not fit the context
-    │   └── NotFoundError          the model, adapter or response named does not exist
+    │   ├── NotFoundError          the model, adapter or response named does not exist
+    │   ├── ConflictError          it contradicts what is stored, or the state of an adapter
+    │   └── LearningOffError       feedback, to a runtime that does not learn
     ├── UnavailableError           nothing is wrong with the request; not now
-    │   ├── OverloadedError        a queue is full (try again)
+    │   ├── OverloadedError        a queue is full, or a quota used up (try again)
+    │   ├── StorageError           the disk is full or failing; nothing was stored
     │   └── DrainingError          the runtime is shutting down
     └── IterationError             a device step failed; its requests fail, the runtime goes on
 
@@ -60,6 +63,14 @@ class NotFoundError(RequestError):
     """The model, adapter or response named does not exist."""
 
 
+class ConflictError(RequestError):
+    """The request contradicts what is stored, or the state that an adapter is in."""
+
+
+class LearningOffError(RequestError):
+    """Feedback was sent to a runtime that does not learn."""
+
+
 class UnavailableError(CotuneError):
     """The request is fine but cannot be taken now; try again after `retry_after_s` seconds."""
 
@@ -76,7 +87,11 @@ class UnavailableError(CotuneError):
 
 
 class OverloadedError(UnavailableError):
-    """A bounded queue is full."""
+    """A bounded queue is full, or a source has used up its quota."""
+
+
+class StorageError(UnavailableError):
+    """The disk is full or failing. Nothing was stored, and nothing is acknowledged."""
 
 
 class DrainingError(UnavailableError):

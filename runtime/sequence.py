@@ -60,6 +60,11 @@ class Request:
         model: the name that the answers go under.
         priority: lower goes first.
         arrival_s: when it was made, on the engine's clock.
+        is_background: the runtime's own work. It takes no place in the queue that callers fill, is
+            in no statistics of requests, and does not survive the beginning of a shutdown.
+        logprobs_start: with `params.prompt_logprobs`, the first prompt position whose
+            log-probability is wanted (at least 1); what comes before may be read from the cache.
+        record: what `Engine` hands on with each finished answer, for the one who records them.
     """
 
     __slots__ = (
@@ -68,7 +73,9 @@ class Request:
         "arrival_s",
         "error",
         "id",
+        "is_background",
         "is_started",
+        "logprobs_start",
         "max_tokens",
         "model",
         "params",
@@ -76,6 +83,7 @@ class Request:
         "prompt_logprobs",
         "prompt_logprobs_known",
         "rank_s",
+        "record",
         "seed",
         "sequences",
         "unfinished",
@@ -94,6 +102,9 @@ class Request:
         model: str,
         priority: int,
         arrival_s: float,
+        is_background: bool = False,
+        logprobs_start: int = 1,
+        record: object = None,
     ) -> None:
         self.id = request_id
         self.prompt = prompt
@@ -109,7 +120,10 @@ class Request:
         self.is_started = False
         self.error: CotuneError | None = None
         self.prompt_logprobs: list[TokenLogprob | None] = []
-        self.prompt_logprobs_known = 1  # the first token is predicted by nothing
+        self.is_background = is_background
+        self.logprobs_start = logprobs_start  # at least 1: the first token is predicted by nothing
+        self.record = record
+        self.prompt_logprobs_known = logprobs_start
         self._ready: dict[int, None] = {}
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -252,9 +266,14 @@ class SequenceState:
         self._taken_tokens = 0
 
     @property
-    def uses_cache(self) -> bool:
-        """Whether it may start from cached pages: not while prompt log-probabilities are due."""
-        return self.index != 0 or not self.request.lacks_prompt_logprobs
+    def cacheable_tokens(self) -> int:
+        """Its first so many tokens may be found in the cache, up to the last but one of them.
+
+        Fewer than all while prompt log-probabilities are due: those tokens must be computed.
+        """
+        if self.index == 0 and self.request.lacks_prompt_logprobs:
+            return self.request.logprobs_start
+        return len(self.tokens)
 
     def waiting_view(self, cached: int) -> WaitingView:
         """Its entry among the waiting."""
@@ -265,6 +284,7 @@ class SequenceState:
             len(self.tokens),
             cached,
             version if version.name else None,
+            self.request.is_background,
         )
 
     def append(self, token_id: int, now_s: float) -> None:

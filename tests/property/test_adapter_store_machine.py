@@ -3,14 +3,14 @@
 The model knows of each version whether its name leads to it, how often it is pinned and granted,
 and what an executor's slots would hold. What must hold whatever happens: a granted slot holds the
 weights of its version once they were installed, nobody else's slot is ever taken away, a version
-retires exactly when it is neither live nor in use, and no version number comes twice.
+retires exactly when it is neither live nor in use, and no version number comes twice. Of learned
+names, a number may come back, with the same weights, and the store must say so.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from hypothesis import settings
@@ -20,11 +20,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cotune.runtime.adapters import AdapterStore
 from cotune.runtime.errors import NotFoundError
 from cotune.runtime.lora import LoraPair, LoraWeights
-
-if TYPE_CHECKING:
-    from cotune.runtime.types import AdapterVersion
+from cotune.runtime.types import BASE, AdapterVersion
 
 NAMES = st.sampled_from(["a", "b", "c", "d"])
+LEARNED = st.sampled_from(["base-model", "tenant"])
+NUMBERS = st.integers(1, 4)
 
 
 def make_weights() -> LoraWeights:
@@ -41,7 +41,8 @@ class AdapterStoreMachine(RuleBasedStateMachine):
         self.weights: dict[AdapterVersion, LoraWeights] = {}
         self.pins: dict[AdapterVersion, int] = {}
         self.grants: dict[AdapterVersion, int] = {}
-        self.retired: list[AdapterVersion] = []
+        self.away: set[AdapterVersion] = set()  # retired, and not back
+        self.on_disk: dict[AdapterVersion, LoraWeights] = {}  # learned versions
         self.expected_retired: set[AdapterVersion] = set()
         self.slots: dict[int, LoraWeights] = {}  # what an executor would hold
         self.slot_of: dict[AdapterVersion, int] = {}  # of versions with grants
@@ -50,7 +51,21 @@ class AdapterStoreMachine(RuleBasedStateMachine):
 
     @initialize(max_slots=st.integers(1, 3))
     def start(self, max_slots: int) -> None:
-        self.store = AdapterStore(max_slots, on_retired=self.retired.append)
+        self.store = AdapterStore(
+            max_slots,
+            reserved_names=["base-model"],
+            learned_names=["base-model", "tenant"],
+            on_retired=self.note_retired,
+            on_returned=self.note_returned,
+        )
+
+    def note_retired(self, version: AdapterVersion) -> None:
+        assert version not in self.away, "a version retired twice"
+        self.away.add(version)
+
+    def note_returned(self, version: AdapterVersion) -> None:
+        assert version in self.away, "a version returned that had not left"
+        self.away.remove(version)
 
     def settle(self, version: AdapterVersion) -> None:
         """Expect `version` to have retired if nothing keeps it."""
@@ -90,6 +105,51 @@ class AdapterStoreMachine(RuleBasedStateMachine):
             if version.name == name:
                 self.hidden.add(version)
                 self.settle(version)
+
+    @rule(name=LEARNED, number=NUMBERS, make_live=st.booleans())
+    def learn(self, name: str, number: int, make_live: bool) -> None:
+        """A version comes from disk: a candidate, or one to go back to."""
+        version = AdapterVersion(name, number)
+        weights = self.on_disk.setdefault(version, make_weights())
+        assert (
+            self.store.add(name, weights, Path(name), number=number, make_live=make_live) == version
+        )
+        if version not in self.held():
+            self.expected_retired.discard(version)
+            self.weights[version] = weights
+            self.pins[version] = self.grants[version] = 0
+            if version in self.idle_order:
+                self.idle_order.remove(version)
+        if make_live:
+            self.make_live(version)
+        else:
+            self.pins[version] += 1
+
+    @precondition(lambda self: self.held())
+    @rule(data=st.data())
+    def set_live(self, data: st.DataObject) -> None:
+        version = data.draw(st.sampled_from(self.held()))
+        if version in self.hidden:
+            try:
+                self.store.set_live(version)
+            except NotFoundError:
+                return
+            raise AssertionError("a version of a removed name went live")
+        self.store.set_live(version)
+        self.make_live(version)
+
+    @rule(name=LEARNED)
+    def clear_live(self, name: str) -> None:
+        self.store.clear_live(name)
+        before = self.live.pop(name, None)
+        if before is not None:
+            self.settle(before)
+
+    def make_live(self, version: AdapterVersion) -> None:
+        before = self.live.get(version.name)
+        self.live[version.name] = version
+        if before is not None:
+            self.settle(before)
 
     @precondition(lambda self: self.held())
     @rule(data=st.data())
@@ -153,8 +213,7 @@ class AdapterStoreMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_agree(self) -> None:
         self.store.check_integrity()
-        assert len(self.retired) == len(set(self.retired)), "a version retired twice"
-        assert set(self.retired) == self.expected_retired
+        assert self.away == self.expected_retired
         infos = {info.version: info for info in self.store.list()}
         assert sorted(infos, key=str) == self.held()
         for version, info in infos.items():
@@ -169,6 +228,9 @@ class AdapterStoreMachine(RuleBasedStateMachine):
     def names_lead_to_what_is_live_and_only_visible_versions_are_found(self) -> None:
         for name in ("a", "b", "c", "d"):
             assert self.resolve(name) == self.live.get(name)
+        for name in ("base-model", "tenant"):
+            assert self.resolve(name) == self.live.get(name, BASE)
+            assert self.resolve(f"{name}@0") == BASE
         for version in self.weights:
             visible = version not in self.expected_retired and version not in self.hidden
             assert self.resolve(str(version)) == (version if visible else None)

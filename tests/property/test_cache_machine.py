@@ -7,7 +7,8 @@ through its block table must be exactly what it computed or would have computed.
 
 The model of the trie is a dict from (namespace, tokens of the path) to the time of the last use,
 searched by brute force: it foretells every match, every refusal and every count of pages, and
-through later matches which page was evicted.
+through later matches which page was evicted. A second dict counts how many sequences came to each
+path, which foretells the hot prefixes.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Running:
     token_ids: list[int]
     computed: int
     path: list[Path] = field(default_factory=list)  # the shared pages it stands on, or a copy
+    is_cut_off: bool = False  # its namespace was dropped while it was open
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -58,6 +60,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.kv: dict[tuple[int, int], Path] = {}
         self.open: list[Running] = []
         self.last_use: dict[Path, int] = {}
+        self.uses: dict[Path, int] = {}
         self.namespaces: list[Hashable] = [("base", 0), ("tutor", 1)]
         self.retired: set[Hashable] = set()
         self.now = 0
@@ -105,6 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
             return expected
         for path in unread[: max(missing - free, 0)]:
             del self.last_use[path]
+            del self.uses[path]
             self.evicted += 1
         assert seq.pages.block_table[: len(table)] == table
         assert len(seq.pages.block_table) == len(table) + missing
@@ -126,11 +130,17 @@ class CacheMachine(RuleBasedStateMachine):
 
     def record_one(self, seq: Running) -> None:
         self.cache.record(seq.pages, seq.token_ids, seq.computed)
-        if seq.namespace in self.retired:
+        if seq.is_cut_off:
             return
+        before = len(seq.path)
         seq.path = self.paths(seq.namespace, seq.token_ids, seq.computed // self.page_size)
         for path in seq.path:
             self.last_use.setdefault(path, self.now)
+        self.count_uses(seq.path[before:])
+
+    def count_uses(self, paths: list[Path]) -> None:
+        for path in paths:
+            self.uses[path] = self.uses.get(path, 0) + 1
 
     def close_one(self, seq: Running) -> None:
         self.cache.close(seq.pages)
@@ -149,6 +159,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(pages.block_table) == len(expected)
         assert pages.namespace == namespace
         seq = Running(pages, namespace, token_ids, pages.cached_tokens, expected)
+        seq.is_cut_off = namespace in self.retired
+        self.count_uses(expected)
         self.open.append(seq)
         return seq
 
@@ -256,10 +268,45 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.drop_namespace(namespace)
         self.retired.add(namespace)
         self.last_use = {p: t for p, t in self.last_use.items() if p[0] != namespace}
+        self.uses = {p: n for p, n in self.uses.items() if p[0] != namespace}
         for seq in self.open:
             if seq.namespace == namespace:
-                seq.path = []
+                seq.path, seq.is_cut_off = [], True
         assert self.cache.reachable_pages(namespace) == frozenset()
+
+    @rule(nth=NAMESPACE)
+    def revive_namespace(self, nth: int) -> None:
+        """The same weights return, while sequences of their first life may still be open."""
+        namespace = self.namespace(nth)
+        self.cache.revive_namespace(namespace)
+        self.retired.discard(namespace)
+
+    @rule(nth=NAMESPACE, max_tokens=st.integers(0, 30))
+    def ask_for_hot_prefixes(self, nth: int, max_tokens: int) -> None:
+        namespace = self.namespace(nth)
+        prefixes = self.cache.hot_prefixes(namespace, max_tokens)
+        chosen = {
+            path
+            for prefix in prefixes
+            for path in self.paths(namespace, list(prefix), len(prefix) // self.page_size)
+        }
+        hot = {p for p, n in self.uses.items() if p[0] == namespace and n >= 2}
+        assert chosen <= hot
+        assert len(chosen) == min(len(hot), max_tokens // self.page_size)
+        if chosen:
+            left_out = [self.uses[path] for path in hot - chosen]
+            assert min(self.uses[path] for path in chosen) >= max(left_out, default=0)
+        for prefix in prefixes:
+            others = [other for other in prefixes if other is not prefix]
+            assert prefix not in [other[: len(prefix)] for other in others]
+        worth = [
+            sum(
+                self.uses[path]
+                for path in self.paths(namespace, list(prefix), len(prefix) // self.page_size)
+            )
+            for prefix in prefixes
+        ]
+        assert worth == sorted(worth, reverse=True)
 
     # --- what must always be true ----------------------------------------------------------
 

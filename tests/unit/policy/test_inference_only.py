@@ -387,3 +387,37 @@ def test_an_ordinary_request_gets_through_an_endless_flood(flood: dict[str, Any]
 def test_a_plan_is_a_value() -> None:
     assert replace(IterationPlan(), decodes=(1,)) == IterationPlan(decodes=(1,))
     assert hash(IterationPlan()) == hash(IterationPlan())
+
+
+def in_background(view: Any) -> Any:
+    return view._replace(is_background=True)
+
+
+def test_background_prompts_get_a_small_share_while_anybody_waits_for_an_answer() -> None:
+    share = Budgets(1024, 8, SIZE).background_tokens
+    running = [decoding(1, 20), in_background(prefilling(2, 0, 600))]
+    found = plan(running, [in_background(waiting(3, 600))], tokens=1024)
+    assert found.decodes == (1,)
+    assert found.prefills == (Chunk(2, share),)
+    assert found.admissions == ()
+
+
+def test_the_share_holds_when_the_one_who_waits_is_in_the_queue() -> None:
+    share = Budgets(1024, 8, SIZE).background_tokens
+    found = plan([in_background(prefilling(2, 0, 600))], [waiting(3, 40)], tokens=1024)
+    assert found.prefills == (Chunk(2, share),)
+    assert found.admissions == (Chunk(3, 40),)
+
+
+def test_background_prompts_take_the_whole_budget_when_nobody_waits() -> None:
+    running = [in_background(prefilling(2, 0, 600))]
+    found = plan(running, [in_background(waiting(3, 600))], tokens=1024)
+    assert found.prefills == (Chunk(2, 600),)
+    assert found.admissions == (Chunk(3, 424),)
+
+
+def test_a_waiting_request_is_admitted_past_background_prompts_that_may_not_start() -> None:
+    share = Budgets(1024, 8, SIZE).background_tokens
+    queue = [in_background(waiting(1, 600)), in_background(waiting(2, 600)), waiting(3, 40)]
+    found = plan([decoding(9, 20)], queue, tokens=1024)
+    assert found.admissions == (Chunk(1, share), Chunk(3, 40))
