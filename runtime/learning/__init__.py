@@ -1,0 +1,1 @@
+"""Learning from feedback while serving: events, store, training, gate, versions."""
