@@ -1,0 +1,640 @@
+"""The trainer: preference optimisation of one LoRA adapter, cut into quanta that can be scheduled.
+
+    begin(batch) ─► kl … ─► forward, backward, forward, backward … ─► step ─► StepReport
+
+A quantum covers a bounded number of tokens and is run by `run_quantum`; between two of them
+anything may happen, and within one the training thread stops at the safepoints. The gradient of a
+batch is the sum of its parts' (objective.py), so the step does not depend on how the batch was cut.
+KTO's reference point z0 needs the whole batch before the first loss: the "kl" quanta compute it,
+without gradient, from completion i - 1 put to prompt i, cyclically among the rated samples.
+
+A quantum that runs out of memory is dropped and run again over half the tokens. A sample that does
+not fit alone is set aside and the batch begins again without it, so that what is learned is exactly
+what the batch without it would teach. Where the loss or the gradient is not finite no step is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence  # noqa: TC003 - dataclass fields are inspected
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+
+from ..errors import AdapterLoadError, ConfigError
+from ..lora import read_lora
+from .batches import Group, pack
+from .losses import kto_reference_point
+from .objective import BatchCounts, PartLoss, Tally, completions_of, part_loss
+from .optimizer import Optimizer
+from .samples import PreferencePair, RatedCompletion, Sample
+from .tree import TrainingTree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from ..lora import LoraWeights
+    from .config import TrainingConfig
+    from .safepoints import Safepoints
+
+logger = logging.getLogger(__name__)
+
+QuantumKind: TypeAlias = Literal["kl", "forward", "backward", "step"]
+
+_STATE_FORMAT = 1
+_MAX_FAILED_STEPS = 3
+_LORA_NAME = "base_model.model.{module}.lora_{matrix}.default.weight"
+# What allocators and libraries say, where they do not raise torch.OutOfMemoryError.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "out of memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantum:
+    """What `run_quantum` does next.
+
+    Attributes:
+        kind: "kl" (KTO's reference point), "forward", "backward" or "step".
+        samples: how many samples it covers; for a step, those of the batch.
+        tokens: the rows it computes, which cost is proportional to; 0 for a step.
+    """
+
+    kind: QuantumKind
+    samples: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What one batch did.
+
+    Attributes:
+        step: optimizer steps taken so far, this one included.
+        loss: of the batch, all terms; NaN if it was not finite or no sample was left.
+        chosen_reward, rejected_reward: mean implicit rewards (beta included) of the pairs; in a
+            batch without pairs, of what was liked and disliked; None if there is none.
+        margin: the first minus the second.
+        reward_accuracy: share of samples on the right side: chosen above rejected, liked above 0,
+            disliked below. Like the rewards, None where the loss is NaN.
+        gradient_norm: before clipping; NaN where it was not computed.
+        learning_rate: of this step.
+        tokens: of the forwards that were trained on: every prompt once.
+        samples: that were trained on.
+        halvings: quanta that ran out of memory.
+        set_aside: (key, reason) of samples that were left out: "out_of_memory", "too_long",
+            "empty", "unknown_token" or "reference_not_finite".
+        kl: mean KL(anchor || trained) per completion token in nats; None unless `kl_weight` is on.
+        z0: KTO's reference point; None without rated samples.
+        skipped: why no step was made and the weights are as before: "no_samples",
+            "loss_not_finite", "gradient_not_finite" or "out_of_memory"; None if it was made.
+        not_finite: keys of the samples whose loss was not finite, where that was the reason.
+    """
+
+    step: int
+    loss: float
+    chosen_reward: float | None
+    rejected_reward: float | None
+    margin: float | None
+    reward_accuracy: float | None
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    samples: int
+    halvings: int = 0
+    set_aside: tuple[tuple[int, str], ...] = ()
+    kl: float | None = None
+    z0: float | None = None
+    skipped: str | None = None
+    not_finite: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainerState:
+    """All that training goes on from, between two batches.
+
+    Attributes:
+        tensors: float32 copies on the CPU: "lora/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and,
+            where an anchor is set, "anchor/NAME".
+        values: what else there is, as JSON.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Forward:
+    """A part of the batch between its forward and its backward: it holds the graph."""
+
+    samples: tuple[int, ...]
+    part: PartLoss
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """The batch under way. Its samples are named by their index in it.
+
+    Attributes:
+        mismatched: rated samples whose part of z0 is due.
+        ratios: the log-ratios that z0 is the mean of.
+        waiting: samples whose forward is due.
+        forward: what the next backward is of.
+        tally: of what went backward.
+        not_finite: keys of the samples that ended the batch early.
+        failed_steps: how often the step ran out of memory.
+    """
+
+    samples: Sequence[Sample]
+    counts: BatchCounts
+    set_aside: list[tuple[int, str]]
+    halvings: int
+    rated: list[int]
+    mismatched: deque[int]
+    waiting: deque[int]
+    ratios: list[float] = field(default_factory=list)
+    forward: _Forward | None = None
+    tally: Tally = field(default_factory=Tally)
+    not_finite: tuple[int, ...] = ()
+    failed_steps: int = 0
+
+    @property
+    def z0(self) -> float | None:
+        """KTO's reference point, once all "kl" quanta have run; None without rated samples."""
+        if not self.ratios:
+            return None
+        return float(kto_reference_point(torch.tensor(self.ratios)))
+
+
+class Trainer:
+    """Owns the LoRA weights in training, their optimizer and the batch under way.
+
+    Everything here runs on the training lane's thread. The model is not changed: the training tree
+    is a second one over the same parameters.
+
+    Args:
+        model: the transformers causal LM that is served.
+        config: loss, LoRA, optimizer and quanta.
+        safepoints: where the thread waits while it is held.
+        base_name: what saved adapters say they were trained on.
+        max_length: most tokens of prompt plus one completion; longer samples are set aside.
+        share_prompts: compute the prompt of a pair once. Off only to measure what it saves.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: TrainingConfig,
+        *,
+        safepoints: Safepoints,
+        base_name: str,
+        max_length: int,
+        share_prompts: bool = True,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._base_name = base_name
+        self._max_length = max_length
+        self._share_prompts = share_prompts
+        self._tree = TrainingTree(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            target_modules=config.target_modules,
+            seed=config.seed,
+            safepoints=safepoints,
+            base_name=base_name,
+        )
+        self._lora = self._tree.named_lora()
+        self._parameters = list(self._lora.values())
+        self._device = self._tree.device
+        self._vocab_size = int(model.get_input_embeddings().num_embeddings)
+        self._optimizer = Optimizer(
+            self._lora,
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
+        self._initial = self._copy_lora()
+        self._anchor: dict[str, torch.Tensor] | None = None
+        self._batch: _Batch | None = None
+        self._limit_tokens = config.quantum_tokens
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self._optimizer.steps
+
+    # --- a batch ----------------------------------------------------------------------------------
+
+    def begin(self, batch: Sequence[Sample]) -> None:
+        """Take up a batch. What cannot be trained on is set aside at once, and reported.
+
+        Raises:
+            RuntimeError: another batch is under way.
+            ValueError: the batch is empty, or a sample has no reference log-probabilities.
+        """
+        if self._batch is not None:
+            raise RuntimeError("a batch is under way; run its quanta or abandon() it")
+        if not batch:
+            raise ValueError("the batch is empty; begin one of at least one sample")
+        for sample in batch:
+            if not sample.is_ready:
+                raise ValueError(f"sample {sample.key} has no reference log-probabilities yet")
+        reasons = [(sample, self._unfit(sample)) for sample in batch]
+        fit = [sample for sample, reason in reasons if reason is None]
+        set_aside = [(sample.key, reason) for sample, reason in reasons if reason is not None]
+        self._begin(fit, set_aside, halvings=0)
+
+    def next_quantum(self) -> Quantum | None:
+        """What `run_quantum` would do; None when no batch is under way."""
+        batch = self._batch
+        if batch is None:
+            return None
+        if batch.forward is not None:
+            tokens = sum(batch.samples[i].tokens for i in batch.forward.samples)
+            return Quantum(kind="backward", samples=len(batch.forward.samples), tokens=tokens)
+        if batch.mismatched and not batch.not_finite:
+            indices, tokens = self._take(batch.mismatched, self._mismatched_cost(batch))
+            return Quantum(kind="kl", samples=len(indices), tokens=tokens)
+        if batch.waiting and not batch.not_finite:
+            indices, tokens = self._take(batch.waiting, self._forward_cost(batch))
+            return Quantum(kind="forward", samples=len(indices), tokens=tokens)
+        return Quantum(kind="step", samples=len(batch.samples), tokens=0)
+
+    def run_quantum(self) -> StepReport | None:
+        """Run the next quantum; gives the report after the last one, the step.
+
+        An exception other than running out of memory abandons the batch and is raised.
+
+        Raises:
+            RuntimeError: no batch is under way.
+        """
+        batch, quantum = self._batch, self.next_quantum()
+        if batch is None or quantum is None:
+            raise RuntimeError("no batch is under way; begin() one")
+        try:
+            match quantum.kind:
+                case "kl":
+                    self._run_mismatched(batch)
+                case "forward":
+                    self._run_forward(batch)
+                case "backward":
+                    self._run_backward(batch)
+                case "step":
+                    return self._run_step(batch)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                self.abandon()
+                raise
+        else:
+            return None
+        # Outside of the handler: the traceback is gone, and with it the tensors that it held.
+        self._halve(batch, quantum)
+        return None
+
+    def train_batch(self, batch: Sequence[Sample]) -> StepReport:
+        """Run all quanta of a batch."""
+        self.begin(batch)
+        while (report := self.run_quantum()) is None:
+            pass
+        return report
+
+    def abandon(self) -> None:
+        """Drop the batch under way, if any: nothing of it is kept."""
+        self._batch = None
+        self._optimizer.clear()
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def weights(self) -> LoraWeights:
+        """Copies of the current weights, as a serving slot takes them."""
+        return self._tree.weights()
+
+    def save_adapter(self, path: Path) -> None:
+        """Write the current weights as a PEFT directory, which needs nothing of ours to load."""
+        self._tree.save_adapter(path)
+
+    def reset(self) -> None:
+        """Start anew: the initial adapter, which changes nothing, and a fresh optimizer.
+
+        The anchor stays; a batch under way is dropped.
+        """
+        self.abandon()
+        self._load_lora(self._initial)
+        self._optimizer.reset()
+
+    def load_adapter(self, path: Path) -> None:
+        """Start from the weights of a PEFT directory, with a fresh optimizer.
+
+        It may have fewer modules or a lower rank than is trained: what it lacks starts as in a new
+        adapter, which changes nothing. The anchor stays; a batch under way is dropped.
+
+        Raises:
+            AdapterLoadError: it cannot be read, or has more than what is trained.
+        """
+        weights = read_lora(path, self._model, max_rank=self._config.lora_rank)
+        values = dict(self._initial)
+        scaling = self._config.lora_alpha / self._config.lora_rank
+        for module, pair in weights.modules.items():
+            name_a, name_b = (_LORA_NAME.format(module=module, matrix=m) for m in "AB")
+            if name_a not in values:
+                raise AdapterLoadError(
+                    f"{path} adapts {module}, which training.target_modules "
+                    f"({self._config.target_modules!r}) does not; add it",
+                    param="path",
+                    code="adapter_refused",
+                )
+            rank = pair.a.shape[0]
+            values[name_a], values[name_b] = values[name_a].clone(), values[name_b].clone()
+            values[name_a][:rank] = pair.a
+            values[name_b][:, :rank] = pair.b / scaling
+        self.reset()
+        self._load_lora(values)
+
+    def set_anchor(self) -> None:
+        """The KL leash holds to the current weights from now on: they were published."""
+        self._tree.set_anchor()
+        self._anchor = self._copy_lora()
+
+    def clear_anchor(self) -> None:
+        """The KL leash holds to the base model from now on."""
+        self._tree.clear_anchor()
+        self._anchor = None
+
+    def snapshot(self) -> TrainerState:
+        """Copies of weights, anchor and optimizer. A batch under way is no part of them."""
+        tensors = {f"lora/{name}": value for name, value in self._copy_lora().items()}
+        tensors |= self._optimizer.state()
+        if self._anchor is not None:
+            tensors |= {f"anchor/{name}": value for name, value in self._anchor.items()}
+        return TrainerState(tensors, self._identity() | {"steps": self.steps})
+
+    def restore(self, state: TrainerState) -> None:
+        """Go back to a snapshot, or on from a checkpoint; drops the batch under way.
+
+        Raises:
+            ConfigError: it is of another adapter shape or format; nothing was changed.
+        """
+        self._check_state(state)
+        self.abandon()
+        tensors = state.tensors
+        if any(name.startswith("anchor/") for name in tensors):
+            self._load_lora(tensors, "anchor/")
+            self.set_anchor()
+        else:
+            self.clear_anchor()
+        self._load_lora(tensors, "lora/")
+        self._optimizer.load(tensors, int(state.values["steps"]))
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """`snapshot`, as a checkpoint file takes it: tensors, and values that JSON can hold."""
+        state = self.snapshot()
+        return dict(state.tensors), dict(state.values)
+
+    def load_state_dict(
+        self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """`restore` from what `state_dict` gave. Raises as it does."""
+        self.restore(TrainerState(tensors, values))
+
+    # --- quanta -----------------------------------------------------------------------------------
+
+    def _begin(
+        self, samples: Sequence[Sample], set_aside: list[tuple[int, str]], *, halvings: int
+    ) -> None:
+        """Start, or start again without the samples that were set aside."""
+        rated = [i for i, sample in enumerate(samples) if isinstance(sample, RatedCompletion)]
+        self._optimizer.clear()
+        self._batch = _Batch(
+            samples=samples,
+            counts=BatchCounts.of(samples),
+            set_aside=set_aside,
+            halvings=halvings,
+            rated=rated,
+            mismatched=deque(rated),
+            waiting=deque(range(len(samples))),
+        )
+
+    def _run_mismatched(self, batch: _Batch) -> None:
+        """Log-ratios of completions to other prompts than their own."""
+        indices, _ = self._take(batch.mismatched, self._mismatched_cost(batch))
+        packed = pack([self._mismatched(batch, i) for i in indices], self._device)
+        with torch.no_grad():
+            trained = self._tree.logps(packed, weights="trained").logps
+            base = self._tree.logps(packed, weights="base").logps
+        batch.ratios += (trained - base).tolist()
+        _drop(batch.mismatched, len(indices))
+
+    def _run_forward(self, batch: _Batch) -> None:
+        """The objective on the next part of the batch, with its graph."""
+        indices, _ = self._take(batch.waiting, self._forward_cost(batch))
+        samples = [batch.samples[i] for i in indices]
+        packed = pack([group for s in samples for group in self._groups(s)], self._device)
+        with torch.enable_grad():
+            completions = self._tree.logps(packed, kl_to_anchor=self._config.kl_weight > 0)
+            part = part_loss(samples, completions, batch.counts, self._config, z0=batch.z0)
+        if part.not_finite:
+            batch.not_finite = part.not_finite
+            return
+        batch.forward = _Forward(indices, part)
+        _drop(batch.waiting, len(indices))
+
+    def _run_backward(self, batch: _Batch) -> None:
+        """Add the part's gradient to the batch's: all of it, or nothing if memory runs out."""
+        assert batch.forward is not None
+        part = batch.forward.part
+        gradients = torch.autograd.grad(part.loss, self._parameters, allow_unused=True)
+        self._optimizer.accumulate(gradients)
+        batch.tally += part.tally
+        batch.forward = None
+
+    def _run_step(self, batch: _Batch) -> StepReport:
+        """Move the weights, unless something is not finite; ends the batch."""
+        rate, norm, skipped = self._optimizer.learning_rate, math.nan, None
+        if batch.not_finite:
+            skipped = "loss_not_finite"
+        elif not batch.samples:
+            skipped = "no_samples"
+        elif batch.failed_steps == _MAX_FAILED_STEPS:
+            skipped = "out_of_memory"
+        else:
+            norm = self._optimizer.gradient_norm()
+            if math.isfinite(norm):
+                self._optimizer.step(norm)
+            else:
+                skipped = "gradient_not_finite"
+        if batch.halvings == 0:  # the memory was there: try larger quanta again
+            self._limit_tokens = min(2 * self._limit_tokens, self._config.quantum_tokens)
+        if skipped is not None:
+            logger.warning("no step was made on a batch of %d: %s", len(batch.samples), skipped)
+        self.abandon()
+        is_whole = bool(batch.samples) and not batch.not_finite
+        tally = batch.tally if is_whole else Tally(loss=math.nan)
+        return StepReport(
+            step=self.steps,
+            loss=tally.loss,
+            chosen_reward=tally.chosen_reward,
+            rejected_reward=tally.rejected_reward,
+            margin=tally.margin,
+            reward_accuracy=tally.accuracy,
+            gradient_norm=norm,
+            learning_rate=rate,
+            tokens=batch.counts.tokens,
+            samples=batch.counts.samples,
+            halvings=batch.halvings,
+            set_aside=tuple(batch.set_aside),
+            kl=tally.kl if is_whole and self._config.kl_weight > 0 else None,
+            z0=batch.z0,
+            skipped=skipped,
+            not_finite=batch.not_finite,
+        )
+
+    def _halve(self, batch: _Batch, quantum: Quantum) -> None:
+        """The quantum ran out of memory: plan it again, smaller, or without its only sample."""
+        batch.halvings += 1
+        logger.info("a training quantum ran out of memory: %s", quantum)
+        if quantum.kind == "step":  # it needs next to nothing, and changed nothing: try again
+            batch.failed_steps += 1
+            return
+        if batch.forward is not None:
+            batch.waiting.extendleft(reversed(batch.forward.samples))
+            batch.forward = None
+        if quantum.samples > 1:
+            self._limit_tokens = max(1, quantum.tokens // 2)
+            return
+        index = batch.mismatched[0] if quantum.kind == "kl" else batch.waiting[0]
+        set_aside = [*batch.set_aside, (batch.samples[index].key, "out_of_memory")]
+        rest = [sample for i, sample in enumerate(batch.samples) if i != index]
+        self._begin(rest, set_aside, halvings=batch.halvings)
+
+    # --- parts of a batch -------------------------------------------------------------------------
+
+    def _take(
+        self, queue: Iterable[int], cost: Callable[[int], int]
+    ) -> tuple[tuple[int, ...], int]:
+        """The next samples, as many as the token limit allows but at least one; and their cost."""
+        taken: list[int] = []
+        tokens = 0
+        for index in queue:
+            more = cost(index)
+            if taken and tokens + more > self._limit_tokens:
+                break
+            taken.append(index)
+            tokens += more
+        return tuple(taken), tokens
+
+    def _groups(self, sample: Sample) -> list[Group]:
+        """How a sample is packed. Completions come in the order of `completions_of`."""
+        completions = completions_of(sample)
+        if self._share_prompts:
+            return [Group(prompt_ids=sample.prompt_ids, completions=completions)]
+        return [Group(prompt_ids=sample.prompt_ids, completions=(ids,)) for ids in completions]
+
+    def _mismatched(self, batch: _Batch, index: int) -> Group:
+        """This rated sample's prompt with the one before's completion, cut to `max_length`."""
+        previous = batch.samples[batch.rated[batch.rated.index(index) - 1]]
+        prompt_ids = batch.samples[index].prompt_ids
+        (completion,) = completions_of(previous)
+        return Group(
+            prompt_ids=prompt_ids,
+            completions=(completion[: self._max_length - len(prompt_ids)],),
+        )
+
+    def _mismatched_cost(self, batch: _Batch) -> Callable[[int], int]:
+        """Rows of a "kl" quantum: one forward of the trained weights and one of the base model."""
+        return lambda index: 2 * self._mismatched(batch, index).tokens
+
+    def _forward_cost(self, batch: _Batch) -> Callable[[int], int]:
+        """Rows of a forward: with a leash the anchor computes them as well."""
+        passes = 2 if self._config.kl_weight > 0 else 1
+        return lambda index: (
+            passes * sum(group.tokens for group in self._groups(batch.samples[index]))
+        )
+
+    def _unfit(self, sample: Sample) -> str | None:
+        """Why a sample cannot be trained on, or None."""
+        completions = completions_of(sample)
+        if not sample.prompt_ids or not all(completions):
+            return "empty"
+        if len(sample.prompt_ids) + max(map(len, completions)) > self._max_length:
+            return "too_long"
+        everything = (sample.prompt_ids, *completions)
+        if min(map(min, everything)) < 0 or max(map(max, everything)) >= self._vocab_size:
+            return "unknown_token"
+        if not all(map(math.isfinite, _references(sample))):
+            return "reference_not_finite"
+        return None
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def _copy_lora(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().to("cpu", copy=True) for name, p in self._lora.items()}
+
+    @torch.no_grad()
+    def _load_lora(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+        for name, parameter in self._lora.items():
+            parameter.copy_(tensors[prefix + name])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree on with this trainer."""
+        return {
+            "format": _STATE_FORMAT,
+            "base": self._base_name,
+            "alpha": self._config.lora_alpha,
+        }
+
+    def _check_state(self, state: TrainerState) -> None:
+        for name, mine in self._identity().items():
+            if state.values.get(name) != mine:
+                raise _mismatch(
+                    f"its {name} is {state.values.get(name)!r}, this trainer's {mine!r}"
+                )
+        steps = state.values.get("steps")
+        if not isinstance(steps, int) or steps < 0:
+            raise _mismatch(f"its steps are {steps!r}, which is no count")
+        prefixes = ["lora/", "exp_avg/", "exp_avg_sq/"]
+        if any(name.startswith("anchor/") for name in state.tensors):
+            prefixes.append("anchor/")
+        expected = {p + name: value.shape for p in prefixes for name, value in self._lora.items()}
+        found = {name: value.shape for name, value in state.tensors.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                ours, theirs = expected.get(name), found.get(name)
+                raise _mismatch(
+                    f"its {name} has shape {theirs and tuple(theirs)}, this trainer's "
+                    f"{ours and tuple(ours)}"
+                )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def _references(sample: Sample) -> tuple[float, ...]:
+    values: tuple[float | None, ...]
+    if isinstance(sample, PreferencePair):
+        values = sample.ref_chosen_logp, sample.ref_rejected_logp
+    else:
+        values = (sample.ref_logp,)
+    return tuple(value for value in values if value is not None)
+
+
+def _drop(queue: deque[int], count: int) -> None:
+    for _ in range(count):
+        queue.popleft()
+
+
+def _mismatch(what: str) -> ConfigError:
+    return ConfigError(
+        f"this training state does not fit: {what}; use the settings that it was made with, or "
+        "remove it to start anew",
+        param="state",
+        code="checkpoint_mismatch",
+    )
