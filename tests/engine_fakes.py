@@ -295,7 +295,11 @@ class Bench:
     def __post_init__(self) -> None:
         self.executor = FakeExecutor(self.num_pages, self.page_size)
         self.cache = KVCacheManager(self.num_pages, self.page_size, self.prefix_sharing)
-        self.adapters = AdapterStore(self.max_slots, on_retired=self.cache.drop_namespace)
+        self.adapters = AdapterStore(
+            self.max_slots,
+            on_retired=self.cache.drop_namespace,
+            on_returned=self.cache.revive_namespace,
+        )
         self.policy = CheckingPolicy(make_policy("inference-only"))
         self.recorder = Recorder()
         listeners = Listeners()

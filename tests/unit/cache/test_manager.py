@@ -442,3 +442,54 @@ def test_what_was_forgotten_about_a_page_is_found() -> None:
     seq.block_table.pop()
     with pytest.raises(AssertionError, match="page 2 has 1 references; 0 block tables name it"):
         cache.check_integrity()
+
+
+# --- the next version -------------------------------------------------------------------------
+
+
+def test_a_revived_namespace_is_empty_and_usable_beside_the_sequences_of_its_first_life() -> None:
+    cache = KVCacheManager(8, PAGE)
+    old = compute(cache, tokens(0, 9))
+    cache.drop_namespace(BASE)
+    cache.revive_namespace(BASE)
+    assert cache.match(BASE, tokens(0, 9)) == 0
+    new = compute(cache, tokens(0, 9))
+    assert cache.match(BASE, tokens(0, 9)) == 8
+    assert not cache.reachable_pages(BASE) & set(old.block_table)
+    cache.record(old, tokens(0, 12), 8)  # is not heard any more
+    cache.check_integrity()
+    cache.close(old)
+    cache.close(new)
+    cache.check_integrity()
+    assert cache.open(BASE, tokens(0, 9)).cached_tokens == 8
+
+
+def test_hot_prefixes_are_those_of_more_than_one_sequence_the_most_used_first() -> None:
+    cache = KVCacheManager(64, PAGE)
+    often, twice, once = tokens(0, 8), tokens(100, 12), tokens(200, 8)
+    for prompt, count in ((often, 5), (twice, 2), (once, 1)):
+        for i in range(count):
+            cache.close(compute(cache, [*prompt, *tokens(1000 + 50 * i, 6)]))
+    assert cache.hot_prefixes(BASE, 1000) == [tuple(often), tuple(twice)]
+    assert cache.hot_prefixes(BASE, 8) == [tuple(often)]
+    assert cache.hot_prefixes(BASE, 13) == [tuple(often), tuple(twice[:4])]
+    assert cache.hot_prefixes(BASE, 3) == []
+    assert cache.hot_prefixes(("tutor", 1), 1000) == []
+
+
+def test_prefixes_that_fork_are_both_hot_and_their_beginning_is_paid_for_once() -> None:
+    cache = KVCacheManager(64, PAGE)
+    stem, left, right = tokens(0, 4), tokens(100, 4), tokens(200, 4)
+    for tail in (left, left, left, right, right):
+        cache.close(compute(cache, [*stem, *tail, 1]))
+    assert cache.hot_prefixes(BASE, 12) == [(*stem, *left), (*stem, *right)]
+
+
+def test_asking_for_hot_prefixes_changes_nothing() -> None:
+    cache = KVCacheManager(4, PAGE)
+    for _ in range(2):
+        cache.close(compute(cache, tokens(0, 9)))
+    before = counts(cache), cache.statistics()
+    for _ in range(3):
+        assert cache.hot_prefixes(BASE, 100) == [tuple(tokens(0, 8))]
+    assert (counts(cache), cache.statistics()) == before

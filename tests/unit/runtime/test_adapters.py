@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cotune.runtime.adapters import BASE_SLOT, AdapterStore, SlotGrant
-from cotune.runtime.errors import AdapterLoadError, NotFoundError
+from cotune.runtime.errors import AdapterLoadError, ConflictError, NotFoundError
 from cotune.runtime.lora import LoraPair, LoraWeights
 from cotune.runtime.types import BASE, AdapterVersion
 
@@ -358,3 +358,125 @@ def test_lists_and_statistics_tell_what_is_where() -> None:
     statistics = store.statistics()
     assert (statistics.names, statistics.versions, statistics.total_slots) == (2, 2, 2)
     assert (statistics.busy_slots, statistics.idle_slots) == (1, 0)
+
+
+# --- learned names --------------------------------------------------------------------------------
+
+
+class LearningStore(AdapterStore):
+    """A store in which the served model learns; writes down what left and what came back."""
+
+    def __init__(self, max_slots: int = 2) -> None:
+        self.changes: list[str] = []
+        super().__init__(
+            max_slots,
+            reserved_names=["base-model"],
+            learned_names=["base-model", "tenant"],
+            on_retired=lambda version: self.changes.append(f"left {version}"),
+            on_returned=lambda version: self.changes.append(f"back {version}"),
+        )
+
+    def learn(self, number: int, *, make_live: bool = True) -> AdapterVersion:
+        version = self.add("base-model", weights(), PATH, number=number, make_live=make_live)
+        self.check_integrity()
+        return version
+
+
+def test_a_learned_name_without_a_live_version_is_the_base_model() -> None:
+    store = LearningStore()
+    assert store.resolve("base-model") == BASE
+    assert store.resolve("tenant") == BASE
+    version = store.learn(7)
+    assert store.resolve("base-model") == AdapterVersion("base-model", 7) == version
+    assert store.resolve("base-model@0") == BASE
+    store.clear_live("base-model")
+    store.clear_live("base-model")
+    assert store.resolve("base-model") == BASE
+    assert store.changes == ["left base-model@7"]
+
+
+def test_a_candidate_is_held_and_named_before_it_is_live() -> None:
+    store = LearningStore()
+    first = store.learn(1)
+    candidate = store.learn(2, make_live=False)
+    assert store.resolve("base-model") == first
+    assert store.resolve("base-model@2") == candidate
+    store.set_live(candidate)
+    assert store.resolve("base-model") == candidate
+    assert store.changes == ["left base-model@1"]
+    store.unpin(candidate)
+    assert store.resolve("base-model") == candidate
+    store.check_integrity()
+
+
+def test_a_refused_candidate_leaves_with_its_pin() -> None:
+    store = LearningStore()
+    candidate = store.learn(2, make_live=False)
+    store.unpin(candidate)
+    assert store.changes == ["left base-model@2"]
+    with pytest.raises(NotFoundError):
+        store.set_live(candidate)
+
+
+def test_an_older_version_goes_live_again_while_somebody_still_uses_it() -> None:
+    store = LearningStore()
+    old = store.learn(1)
+    store.pin(old)
+    new = store.learn(2)
+    store.set_live(old)
+    assert store.resolve("base-model") == old
+    store.unpin(old)
+    assert store.changes == [f"left {new}"]
+
+
+def test_a_version_that_left_comes_back_under_its_number_and_that_is_said() -> None:
+    store = LearningStore()
+    store.learn(1)
+    store.learn(2)
+    back = store.learn(1)
+    assert store.changes == ["left base-model@1", "back base-model@1", "left base-model@2"]
+    assert store.resolve("base-model") == back
+
+
+def test_a_version_that_is_still_held_is_not_added_twice() -> None:
+    store = LearningStore()
+    version = store.learn(3)
+    slot = store.acquire(version)
+    assert store.learn(3) == version
+    assert store.learn(3, make_live=False) == version
+    assert [info.users for info in store.list()] == [2]  # a slot and a pin
+    assert store.acquire(version) == slot
+    assert store.changes == []
+
+
+def test_versions_of_a_learned_name_come_from_training_alone() -> None:
+    store = LearningStore()
+    with pytest.raises(AdapterLoadError, match="learns from feedback"):
+        store.add("tenant", weights(), PATH)
+    with pytest.raises(ConflictError, match="cannot be removed"):
+        store.remove("tenant")
+    with pytest.raises(ValueError, match="numbered from 1"):
+        store.add("tenant", weights(), PATH, number=0)
+
+
+def test_other_names_take_no_numbers_and_are_not_cleared() -> None:
+    store = LearningStore()
+    with pytest.raises(ValueError, match="count up by themselves"):
+        store.add("other", weights(), PATH, number=3)
+    store.add("other", weights(), PATH)
+    with pytest.raises(ValueError, match="does not learn"):
+        store.clear_live("other")
+
+
+def test_a_removed_version_that_is_still_used_cannot_go_live() -> None:
+    store = LearningStore()
+    version = store.add("other", weights(), PATH)
+    store.pin(version)
+    store.remove("other")
+    with pytest.raises(NotFoundError):
+        store.set_live(version)
+
+
+def test_without_slots_nothing_is_learned_either() -> None:
+    with pytest.raises(AdapterLoadError, match="raise --max-loras"):
+        LearningStore(0).learn(1)
