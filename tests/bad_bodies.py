@@ -13,6 +13,10 @@ BIG = 10**18
 # n up to 8.
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "messages"),
+    ({"store": "yes"}, "store"),
+    ({"user": 3}, "user"),
+    ({"user": "two\nlines"}, "user"),
+    ({"safety_identifier": "x" * 257}, "safety_identifier"),
     ({"messages": "hello"}, "messages"),
     ({"messages": {}}, "messages"),
     ({"messages": []}, "messages"),

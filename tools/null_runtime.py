@@ -27,10 +27,12 @@ from ..runtime.errors import (
     AdapterLoadError,
     ContextLengthError,
     DrainingError,
+    LearningOffError,
     NotFoundError,
     OverloadedError,
     RequestError,
 )
+from ..runtime.learning.status import LearningStatus
 from ..runtime.statistics import Listeners, RuntimeStatistics
 from ..runtime.types import (
     BASE,
@@ -43,11 +45,14 @@ from ..runtime.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Generator, Mapping, Sequence
     from types import TracebackType
 
+    from ..runtime.learning.events import Acknowledgement, FeedbackEvent
+    from ..runtime.learning.versions import VersionRecord
     from ..runtime.statistics import Listener
     from ..runtime.types import FinishReason, Message, SamplingParams
+    from .null_learning import NullLearning
 
 PAGE_SIZE: Final = 16
 TOTAL_PAGES: Final = 4096
@@ -149,8 +154,12 @@ class NullStream:
         params: SamplingParams,
         model: str | None,
         request_id: str | None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> None:
         self._runtime = runtime
+        self.is_recorded = record is not False
+        self.source = source or "local"
         self.prompt_token_ids = prompt
         self.params = params
         self.request_id = request_id or f"null-{uuid.uuid4().hex}"
@@ -349,6 +358,7 @@ class NullStream:
             logprobs=None if self.params.logprobs is None else tuple(completion.logprobs),
             prompt_logprobs=self.prompt_logprobs,
         )
+        self._runtime.record(self, completion.response)
         self._runtime.listeners.on_finished(completion.response)
 
 
@@ -361,6 +371,7 @@ class NullRuntime:
         max_requests: requests beyond this many live ones are refused with `OverloadedError`.
         natural_tokens: an answer ends by itself after this many tokens.
         manual: steps happen only when `step` is called.
+        learning: takes feedback (None: this runtime does not learn).
 
     Attributes:
         draining: set when `drain` is called.
@@ -374,6 +385,7 @@ class NullRuntime:
         max_requests: int = 1024,
         natural_tokens: int = 32,
         manual: bool = False,
+        learning: NullLearning | None = None,
     ) -> None:
         self.codec = NullCodec()
         self.served_name = served_name
@@ -384,6 +396,7 @@ class NullRuntime:
         self.draining = asyncio.Event()
         self._max_requests = max_requests
         self._is_manual = manual
+        self._learning = learning
         self._created = datetime.now(UTC)
         self._adapters: dict[str, tuple[AdapterVersion, str]] = {}
         self._versions: Counter[str] = Counter()
@@ -423,9 +436,12 @@ class NullRuntime:
         model: str | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> NullStream:
         """Answer a conversation."""
-        return NullStream(self, tuple(self.codec.encode_chat(messages)), params, model, request_id)
+        tokens = tuple(self.codec.encode_chat(messages))
+        return NullStream(self, tokens, params, model, request_id, record, source)
 
     def complete(
         self,
@@ -435,10 +451,12 @@ class NullRuntime:
         model: str | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> NullStream:
         """Continue a text, or token ids."""
         tokens = self.codec.encode(prompt) if isinstance(prompt, str) else prompt
-        return NullStream(self, tuple(tokens), params, model, request_id)
+        return NullStream(self, tuple(tokens), params, model, request_id, record, source)
 
     def model_names(self) -> tuple[NullModel, ...]:
         """The base and the live adapters."""
@@ -470,6 +488,37 @@ class NullRuntime:
         if name not in self._adapters:
             raise NotFoundError(f"no adapter {name!r} is loaded", param="lora_name")
         del self._adapters[name]
+
+    async def feedback(
+        self, event: FeedbackEvent | Mapping[str, object], *, source: str = "local"
+    ) -> Acknowledgement:
+        """Store an event in memory."""
+        return await self._learner().feedback(event, source)
+
+    def export_feedback(self, adapter: str | None = None) -> AsyncIterator[Mapping[str, object]]:
+        """The events that stand."""
+        return self._learner().export(adapter)
+
+    async def forget(self, source: str) -> int:
+        """Remove a person's events and answers."""
+        return self._learner().forget(source)
+
+    def learning(self) -> LearningStatus:
+        """What came in."""
+        learning = self._learning
+        return LearningStatus(enabled=False) if learning is None else learning.status()
+
+    async def adapters(self) -> tuple[VersionRecord, ...]:
+        """The versions that a test has made."""
+        return self._learner().records()
+
+    async def promote(self, model: str, *, force: bool = False) -> VersionRecord | None:
+        """Make a version live."""
+        return self._learner().promote(model, force)
+
+    async def rollback(self, model: str) -> VersionRecord | None:
+        """Take it back."""
+        return self._learner().rollback(model)
 
     def statistics(self) -> RuntimeStatistics:
         """A snapshot. Live completions hold the pages they would need."""
@@ -579,6 +628,11 @@ class NullRuntime:
             self._work.clear()
         self._tell_live()
 
+    def record(self, stream: NullStream, response: Response) -> None:
+        """A completion has ended; keep it for feedback."""
+        if self._learning is not None and stream.is_recorded:
+            self._learning.record(response, stream.source)
+
     def max_tokens(self, stream: NullStream) -> int:
         """Most tokens of each answer."""
         wanted = stream.params.max_tokens
@@ -612,10 +666,18 @@ class NullRuntime:
 
     def _resolve(self, model: str | None) -> AdapterVersion:
         if model is None or model == self.served_name:
-            return BASE
+            live = 0 if self._learning is None else self._learning.live
+            return AdapterVersion(self.served_name, live) if live else BASE
         if model in self._adapters:
             return self._adapters[model][0]
         raise NotFoundError(f"the model {model!r} does not exist", param="model")
+
+    def _learner(self) -> NullLearning:
+        if self._learning is None:
+            raise LearningOffError(
+                "this runtime does not learn; make it with learning", code="learning_off"
+            )
+        return self._learning
 
     def _tell_live(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

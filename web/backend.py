@@ -10,6 +10,10 @@ and `tools/bench_web.py` use. The promises that types cannot say:
 - A stream never makes the engine wait. What its reader has not taken yet is joined into one delta
   per completion, so that a slow reader delays itself alone and gets fewer, larger pieces.
 - Reading a stream raises what the request failed with, after the deltas that came before.
+- `feedback` returns when the event is durable, and not before. It may be cancelled at any await:
+  the event is then stored or not, and nothing else. What it refuses it counts in `learning()`.
+- Whatever concerns feedback and versions raises `LearningOffError` in a runtime that does not
+  learn; only `learning()` answers, with `enabled` false.
 """
 
 from __future__ import annotations
@@ -17,11 +21,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Generator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
 
+    from ..runtime.learning.events import Acknowledgement, FeedbackEvent
+    from ..runtime.learning.status import LearningStatus
+    from ..runtime.learning.versions import VersionRecord
     from ..runtime.types import (
         AdapterVersion,
         Delta,
@@ -265,8 +272,14 @@ class Backend(Protocol):
         model: str | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> Stream:
-        """Answer a conversation."""
+        """Answer a conversation.
+
+        `record` keeps the answer, so that feedback can name it (None: as configured); `source`
+        says whose it is.
+        """
 
     def complete(
         self,
@@ -276,6 +289,8 @@ class Backend(Protocol):
         model: str | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> Stream:
         """Continue a text, or token ids."""
 
@@ -287,6 +302,40 @@ class Backend(Protocol):
 
     async def unload_adapter(self, name: str) -> None:
         """Retire a name. Running requests keep their version. Raises `NotFoundError`."""
+
+    async def feedback(
+        self, event: FeedbackEvent | Mapping[str, object], *, source: str = "local"
+    ) -> Acknowledgement:
+        """Store an event, given as a value or as the frame that clients send.
+
+        Raises `RequestError` for a frame that says nothing sensible, `NotFoundError` for a response
+        or event that is not there, `ConflictError` for an id that named another event,
+        `OverloadedError` for a source that has used up its quota, `StorageError` for a full disk.
+        """
+
+    def export_feedback(self, adapter: str | None = None) -> AsyncIterator[Mapping[str, object]]:
+        """All events that are not withdrawn, oldest first, as rows that TRL reads."""
+
+    async def forget(self, source: str) -> int:
+        """Remove what a person said and was answered. Returns how many things went."""
+
+    def learning(self) -> LearningStatus:
+        """What was learned so far. No I/O."""
+
+    async def adapters(self) -> tuple[VersionRecord, ...]:
+        """All versions on disk, published and refused."""
+
+    async def promote(self, model: str, *, force: bool = False) -> VersionRecord | None:
+        """Make a version live: ``name@7``, or ``7`` of the served model (None: the base model).
+
+        Raises `NotFoundError`, and `ConflictError` for one that the gate refused, unless forced.
+        """
+
+    async def rollback(self, model: str) -> VersionRecord | None:
+        """Take a live version back; what was live before it is again (None: the base model).
+
+        Raises `NotFoundError`, and `ConflictError` for one that is not live.
+        """
 
     def statistics(self) -> Statistics:
         """A snapshot."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hashlib
 import hmac
 import logging
@@ -16,7 +18,7 @@ from aiohttp import hdrs, web
 
 from ..runtime.errors import CotuneError, RequestError
 from .errors import INTERNAL, Refusal, RefusalError, refusal_for
-from .requests import parse_request_id
+from .requests import parse_request_id, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,8 +35,17 @@ access_log = logging.getLogger("cotune.access")
 OPEN_PATHS: Final = frozenset({"/", "/health", "/ready"})
 """Answered without a key: probes have none, and the page asks its reader for one."""
 
-QUIET_PATHS: Final = frozenset({"/health", "/ready", "/metrics"})
+QUIET_PATHS: Final = frozenset({"/health", "/ready", "/metrics", "/v1/learning"})
 """Asked every few seconds; logged at DEBUG."""
+
+SUBPROTOCOL: Final = "cotune.feedback"
+"""What the feedback WebSocket speaks."""
+
+KEY_PROTOCOL: Final = "cotune-key."
+"""A subprotocol that begins with this carries the key, as base64url without padding.
+
+Browsers cannot set a WebSocket's headers, but its protocols: `SUBPROTOCOL` and this one.
+"""
 
 CLIENT_GONE: Final = 499
 """Stands in log and metrics for a request whose client left; it is never sent."""
@@ -157,6 +168,7 @@ class Edge:
             if self._is_preflight(request):
                 return _preflight_response()
             self._check_key(request)
+            self._check_origin(request)
             given = request.headers.get("X-Request-Id")
             if given is not None and request.path not in OPEN_PATHS:
                 record.id = parse_request_id(given, param="X-Request-Id")
@@ -178,6 +190,8 @@ class Edge:
         if self._key_digest is None or request.path in OPEN_PATHS:
             return
         scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        if not key and is_websocket(request):
+            scheme, key = "bearer", _key_among(subprotocols(request))
         if scheme.lower() != "bearer" or not key:
             raise RefusalError(
                 Refusal(
@@ -197,6 +211,27 @@ class Edge:
                     headers=((hdrs.WWW_AUTHENTICATE, 'Bearer error="invalid_token"'),),
                 )
             )
+
+    def _check_origin(self, request: web.Request) -> None:
+        """Refuse what another site's page sends without the browser having asked us first.
+
+        That is a WebSocket, and a POST whose body is not JSON; before any other request with an
+        effect a browser asks (a preflight), and is not answered.
+        """
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is None or self._allowed(origin) is not None:
+            return
+        is_asked = request.method != hdrs.METH_POST or request.content_type == "application/json"
+        if (is_asked and not is_websocket(request)) or _is_same_host(origin, request):
+            return
+        raise RefusalError(
+            Refusal(
+                403,
+                f"pages of {printable(origin)} may not use this server; add that origin to its "
+                "allowed_origins",
+                code="origin_not_allowed",
+            )
+        )
 
     def _allowed(self, origin: str | None) -> str | None:
         if origin is None:
@@ -281,6 +316,44 @@ def printable(text: str, limit: int = 200) -> str:
     return "".join("\\x20" if c == " " else c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def is_websocket(request: web.Request) -> bool:
+    """Whether the client asks for a WebSocket."""
+    return request.headers.get(hdrs.UPGRADE, "").strip().lower() == "websocket"
+
+
+def subprotocols(request: web.Request) -> list[str]:
+    """What the client offers to speak on its WebSocket."""
+    offered = ",".join(request.headers.getall(hdrs.SEC_WEBSOCKET_PROTOCOL, ()))
+    return [name.strip() for name in offered.split(",") if name.strip()]
+
+
+def source_of(request: web.Request) -> str:
+    """Whose request it is: ``?source=``, else X-Feedback-Source, else the peer's address."""
+    if (given := request.query.get("source")) is not None:
+        return parse_source(given, param="source")
+    if (given := request.headers.get("X-Feedback-Source")) is not None:
+        return parse_source(given, param="X-Feedback-Source")
+    return request.remote or "unknown"
+
+
+def _key_among(offered: list[str]) -> str:
+    """The key in a WebSocket's subprotocols; empty if there is none that can be read."""
+    for name in offered:
+        if name.startswith(KEY_PROTOCOL):
+            encoded = name.removeprefix(KEY_PROTOCOL)
+            try:
+                data = base64.b64decode(encoded + "=" * (-len(encoded) % 4), b"-_", validate=True)
+            except binascii.Error:
+                return encoded  # wrong, and refused as such
+            return data.decode("utf-8", "surrogateescape")
+    return ""
+
+
+def _is_same_host(origin: str, request: web.Request) -> bool:
+    """Whether a page comes from this server. The scheme may differ: a proxy may end TLS."""
+    return origin.partition("://")[2].lower() == request.headers.get(hdrs.HOST, "").lower()
+
+
 def _too_large(settings: ServerSettings) -> RefusalError:
     return RefusalError(
         Refusal(
@@ -305,7 +378,7 @@ def _refusal_for_http(request: web.Request, error: web.HTTPException) -> Refusal
         return Refusal(
             404,
             f"there is nothing at {printable(request.path)}; the API is at /v1/chat/completions, "
-            "/v1/completions and /v1/models",
+            "/v1/completions, /v1/models, /v1/feedback, /v1/learning and /v1/adapters",
             code="unknown_url",
         )
     return Refusal(error.status, error.reason, code="http_error")
@@ -315,8 +388,10 @@ def _preflight_response() -> web.Response:
     return web.Response(
         status=204,
         headers={
-            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, OPTIONS",
-            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: "Authorization, Content-Type, X-Request-Id",
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST, DELETE, OPTIONS",
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: (
+                "Authorization, Content-Type, X-Request-Id, X-Feedback-Source"
+            ),
             hdrs.ACCESS_CONTROL_MAX_AGE: "600",
         },
     )

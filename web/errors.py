@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from ..runtime.errors import (
     AdapterLoadError,
+    ConflictError,
     ContextLengthError,
     CotuneError,
     DrainingError,
     IterationError,
+    LearningOffError,
     NotFoundError,
     OverloadedError,
     RequestError,
+    StorageError,
     UnavailableError,
 )
 
@@ -66,9 +69,12 @@ class _Row:
 _TABLE: tuple[tuple[type[CotuneError], _Row], ...] = (
     (ContextLengthError, _Row(400, INVALID, "context_length_exceeded")),
     (NotFoundError, _Row(404, INVALID, "not_found")),
+    (ConflictError, _Row(409, INVALID, "conflict")),
+    (LearningOffError, _Row(400, INVALID, "learning_off")),
     (RequestError, _Row(400, INVALID, None)),
     (AdapterLoadError, _Row(400, INVALID, "adapter_not_loaded")),
     (OverloadedError, _Row(429, "rate_limit_error", "overloaded")),
+    (StorageError, _Row(503, "service_unavailable_error", "storage_failed")),
     (DrainingError, _Row(503, "service_unavailable_error", "draining")),
     (UnavailableError, _Row(503, "service_unavailable_error", "unavailable")),
     (IterationError, _Row(500, "server_error", "iteration_failed")),

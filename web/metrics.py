@@ -71,6 +71,7 @@ class Metrics:
 
     Attributes:
         paused_streams: streams that wait for a slow reader now.
+        feedback_connections: WebSockets at /v1/feedback now.
     """
 
     def __init__(self, runtime: Backend) -> None:
@@ -86,6 +87,8 @@ class Metrics:
         self._rejected: Counter[str] = Counter()
         self._http: Counter[tuple[str, str, int]] = Counter()
         self.paused_streams = 0
+        self.feedback_connections = 0
+        self._unreadable: Counter[str] = Counter()
         self._http_seconds: dict[str, Histogram] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -126,6 +129,10 @@ class Metrics:
             histogram = self._http_seconds[route] = Histogram(_REQUEST_BUCKETS)
         histogram.observe(seconds)
 
+    def on_unreadable_feedback(self, code: str) -> None:
+        """A frame held no JSON object, so that the runtime was not shown it."""
+        self._unreadable[code] += 1
+
     def render(self) -> bytes:
         """The Prometheus text."""
         return generate_latest(self._registry)
@@ -133,6 +140,8 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """All families, ours first."""
         yield from self._ours()
+        yield from self._feedback()
+        yield from self._learning()
         yield from self._as_vllm()
 
     def _ours(self) -> Iterator[Metric]:
@@ -213,6 +222,84 @@ class Metrics:
         for route, histogram in self._http_seconds.items():
             histogram.add_to(seconds, [route])
         yield seconds
+
+    def _feedback(self) -> Iterator[Metric]:
+        """What came in. Events are those that are stored, so that deletion lowers their number."""
+        status = self._runtime.learning()
+        model = {"model": self._runtime.served_name}
+        events = CounterMetricFamily(
+            "cotune_feedback_events", "Feedback events that are stored.", labels=["model", "type"]
+        )
+        for kind, count in status.events.items():
+            events.add_metric([model["model"], kind], count)
+        yield events
+        refused = CounterMetricFamily(
+            "cotune_feedback_refused", "Feedback that was not taken.", labels=["model", "code"]
+        )
+        for code, count in (Counter(status.refused_events) + self._unreadable).items():
+            refused.add_metric([model["model"], code], count)
+        yield refused
+        yield _counter("cotune_feedback_duplicates", "Events sent again.", model, status.duplicates)
+        yield _gauge(
+            "cotune_feedback_responses", "Responses that can be rated.", model,
+            status.recorded_responses,
+        )  # fmt: skip
+        yield _gauge(
+            "cotune_feedback_connections", "Feedback WebSockets.", {}, self.feedback_connections
+        )
+
+    def _learning(self) -> Iterator[Metric]:
+        """Did it learn, and is it better? What is not known yet has no sample."""
+        adapters = self._runtime.learning().adapters
+        pairs = GaugeMetricFamily(
+            "cotune_pairs", "Preference pairs and rated answers.", labels=["adapter", "state"]
+        )
+        candidates = CounterMetricFamily(
+            "cotune_candidates",
+            "Candidates that passed the gate, or were refused for a reason.",
+            labels=["adapter", "outcome", "reason"],
+        )
+        win_rate = GaugeMetricFamily(
+            "cotune_win_rate",
+            "Share of held-out pairs that the live version, or the base model, gets right.",
+            labels=["adapter", "weights"],
+        )
+        for adapter in adapters:
+            name = adapter.adapter
+            for state, count in adapter.pairs.items():
+                pairs.add_metric([name, state], count)
+            candidates.add_metric([name, "passed", ""], adapter.candidates_passed)
+            for reason, count in adapter.candidates_refused.items():
+                candidates.add_metric([name, "refused", reason], count)
+            for weights, share in (("live", adapter.win_rate), ("base", adapter.base_win_rate)):
+                if share is not None:
+                    win_rate.add_metric([name, weights], share)
+        yield pairs
+        yield candidates
+        yield win_rate
+        for name, text, field in (
+            ("cotune_training_tokens", "Tokens trained on.", "tokens_trained"),
+            ("cotune_training_steps", "Optimizer steps.", "steps"),
+        ):
+            counter = CounterMetricFamily(name, text, labels=["adapter"])
+            for adapter in adapters:
+                counter.add_metric([adapter.adapter], getattr(adapter, field))
+            yield counter
+        for name, text, field in (
+            ("cotune_training_loss", "Loss of the last step.", "loss"),
+            ("cotune_training_margin", "Chosen minus rejected implicit reward.", "margin"),
+            ("cotune_training_reward_accuracy", "Share of pairs with a margin above 0.",
+             "reward_accuracy"),
+            ("cotune_training_gradient_norm", "Before clipping.", "gradient_norm"),
+            ("cotune_training_learning_rate", "Of the last step.", "learning_rate"),
+            ("cotune_live_version", "What requests get; 0 is the base model.", "live_version"),
+            ("cotune_live_version_age_seconds", "For how long they have.", "live_age_s"),
+        ):  # fmt: skip
+            gauge = GaugeMetricFamily(name, text, labels=["adapter"])
+            for adapter in adapters:
+                if (value := getattr(adapter, field)) is not None:
+                    gauge.add_metric([adapter.adapter], value)
+            yield gauge
 
     def _as_vllm(self) -> Iterator[Metric]:
         """The same under the names (and with the label) that vLLM has."""

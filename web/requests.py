@@ -6,7 +6,7 @@ This is the only place where the web layer validates. Three rules decide about a
 - *refused*: we know it and know that ignoring it would change the answer that its caller wants
   (tools, JSON mode, beam search ...), so it gets a 400 unless its value asks for nothing;
 - *ignored*: all others, as vLLM does, with a line in the debug log. Clients send hints that belong
-  to other services (`user`, `store`, `service_tier` ...), and a server that refuses them helps
+  to other services (`metadata`, `service_tier` ...), and a server that refuses them helps
   nobody.
 
 Of a name that stands twice in one JSON object the last counts, as in most JSON readers.
@@ -47,6 +47,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _INT_LIMIT: Final = 2**31
 _MAX_NAME_CHARS: Final = 256
 _MAX_PATH_CHARS: Final = 4096
+MAX_SOURCE_CHARS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,10 @@ class GenerateRequest:
     """vLLM's `return_tokens_as_token_ids`: logprobs name tokens ``token_id:N``."""
     prompt_logprobs: int | None = None
     """vLLM's: alternatives wanted for every prompt token, reported beside the answer."""
+    record: bool | None = None
+    """`store`: keep the answer so that feedback can name it; None is as the server is set."""
+    source: str | None = None
+    """`safety_identifier`, or its older name `user`: whose request it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,21 +137,71 @@ class UnloadAdapterRequest:
     name: str
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises `RequestError` for anything else."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteRequest:
+    """A body of /v1/adapters/VERSION/promote; an empty one is all defaults."""
+
+    force: bool = False
+    """Also a version that the gate has refused."""
+
+
+def parse_json(body: bytes | str, *, what: str = "the body") -> dict[str, Any]:
+    """The JSON object in a body (or in `what`). Raises `RequestError` for anything else."""
+    return as_object(_load(body, what), what=what)
+
+
+def as_object(value: object, *, what: str) -> dict[str, Any]:
+    """`value`, which must be a JSON object."""
+    if not isinstance(value, dict):
+        raise RequestError(f"{what} must be a JSON object, not {_kind(value)}", code="invalid_json")
+    return value
+
+
+def parse_feedback(body: bytes, settings: ServerSettings) -> dict[str, Any] | list[object]:
+    """Read a body of /v1/feedback: one event, or a list of what should be events."""
+    value = _load(body, "the body")
+    if not isinstance(value, list):
+        return as_object(value, what="the body")
+    if not value:
+        raise RequestError("the list of events is empty; send at least one", code="invalid_json")
+    if len(value) > settings.max_feedback_events:
+        raise RequestError(
+            f"the list has {len(value)} events; this server takes at most "
+            f"{settings.max_feedback_events} in one request",
+            code="too_many_events",
+        )
+    return value
+
+
+def parse_promote(body: bytes) -> PromoteRequest:
+    """Read a body of /v1/adapters/VERSION/promote, which may be empty."""
     if not body.strip():
-        raise RequestError("the body is empty; send a JSON object", code="invalid_json")
+        return PromoteRequest()
+    fields = _Fields(parse_json(body))
+    request = PromoteRequest(force=fields.boolean("force", False))
+    fields.log_ignored()
+    return request
+
+
+def parse_source(value: str, *, param: str) -> str:
+    """Check the name of who gives feedback. Quotas, weights and deletion go by it."""
+    if not 0 < len(value) <= MAX_SOURCE_CHARS or not value.isprintable():
+        raise RequestError(
+            f"{param} is {_show(value)}; use 1 to {MAX_SOURCE_CHARS} printable characters",
+            param=param,
+        )
+    return value
+
+
+def _load(data: bytes | str, what: str) -> object:
+    if not data.strip():
+        raise RequestError(f"{what} is empty; send a JSON object", code="invalid_json")
     try:
-        value = orjson.loads(body)
+        value: object = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise RequestError(
-            f"the body is not valid JSON: {error}; send one JSON object in UTF-8",
-            code="invalid_json",
+            f"{what} is not valid JSON: {error}; send JSON in UTF-8", code="invalid_json"
         ) from None
-    if not isinstance(value, dict):
-        raise RequestError(
-            f"the body must be a JSON object, not {_kind(value)}", code="invalid_json"
-        )
     return value
 
 
@@ -186,6 +241,8 @@ def parse_chat(body: Mapping[str, Any], settings: ServerSettings) -> ChatRequest
         return_token_ids=fields.boolean("return_token_ids", False),
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids", False),
         prompt_logprobs=prompt_logprobs,
+        record=_record(fields),
+        source=_source(fields),
         add_generation_prompt=fields.boolean("add_generation_prompt", True),
     )
     fields.log_ignored()
@@ -239,6 +296,8 @@ def parse_completion(
         return_token_ids=fields.boolean("return_token_ids", False),
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids", False),
         prompt_logprobs=prompt_logprobs,
+        record=_record(fields),
+        source=_source(fields),
     )
     best_of = fields.optional_integer("best_of", 1, _INT_LIMIT)
     if best_of is not None and best_of != request.params.n:
@@ -742,6 +801,19 @@ def _check_response_format(fields: _Fields) -> None:
 
 def _priority(fields: _Fields) -> int:
     return fields.integer("priority", 0, -_INT_LIMIT, _INT_LIMIT)
+
+
+def _record(fields: _Fields) -> bool | None:
+    return None if fields.get("store") is None else fields.boolean("store", True)
+
+
+def _source(fields: _Fields) -> str | None:
+    """The newer name wins; an empty string is what some clients send for nobody."""
+    source: str | None = None
+    for name in ("user", "safety_identifier"):
+        if value := fields.string(name, MAX_SOURCE_CHARS, empty=True):
+            source = parse_source(value, param=name)
+    return source
 
 
 def _request_id(fields: _Fields) -> str | None:

@@ -15,7 +15,7 @@ from .. import __version__
 from ..runtime.errors import CotuneError, NotFoundError, RequestError
 from .chat import ChatAnswer
 from .completions import CompletionAnswer
-from .edge import RECORD, json_response, printable, read_body
+from .edge import RECORD, json_response, printable, read_body, source_of
 from .errors import RefusalError, refusal_for
 from .events import EventStream, StalledClientError
 from .metrics import CONTENT_TYPE
@@ -99,6 +99,8 @@ class Routes:
                 model=parsed.model,
                 priority=parsed.priority,
                 request_id=id,
+                record=parsed.record,
+                source=parsed.source or source_of(request),
             )
         else:
             stream = self._runtime.complete(
@@ -107,6 +109,8 @@ class Routes:
                 model=parsed.model,
                 priority=parsed.priority,
                 request_id=id,
+                record=parsed.record,
+                source=parsed.source or source_of(request),
             )
         async with _speaking_of_messages(stream):
             answer = ChatAnswer(parsed, stream, self._runtime.codec, id=id, created=created)
@@ -124,6 +128,7 @@ class Routes:
         )
         id = self._answer_id("cmpl-", request, parsed)
         created = _now()
+        source = parsed.source or source_of(request)
         async with AsyncExitStack() as admitted:
             # All prompts are admitted, or none is answered.
             streams = [
@@ -136,6 +141,8 @@ class Routes:
                         model=parsed.model,
                         priority=parsed.priority,
                         request_id=id if len(parsed.prompts) == 1 else f"{id}-{i}",
+                        record=parsed.record,
+                        source=source,
                     )
                 )
                 for i, prompt in enumerate(parsed.prompts)

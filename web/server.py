@@ -4,9 +4,10 @@ start     the caller enters its Runtime, then awaits `serve`
 running   until `stop` is set
 stop      1. /ready says 503, new requests get 503 with Retry-After
           2. the port is closed; connections that are idle are closed
-          3. running requests finish, for at most `shutdown_timeout_s`
-          4. the rest are cancelled, and their pages freed
-          5. `serve` returns; the caller leaves its Runtime
+          3. feedback that was read is answered, and its WebSockets are closed with 1001
+          4. running requests finish, for at most `shutdown_timeout_s`
+          5. the rest are cancelled, and their pages freed
+          6. `serve` returns; the caller leaves its Runtime
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from ..runtime.errors import ConfigError
+from .adapters import AdapterRoutes
 from .edge import Edge, InFlight
+from .feedback import FeedbackRoutes
 from .metrics import Metrics
 from .page import add_page
 from .routes import Routes
@@ -42,8 +45,9 @@ _CLOSE_TIMEOUT_S: Final = 2.0
 class _Lifecycle:
     """Whether the server is stopping, and what it still answers."""
 
-    def __init__(self, in_flight: InFlight) -> None:
+    def __init__(self, in_flight: InFlight, feedback: FeedbackRoutes) -> None:
         self.in_flight = in_flight
+        self.feedback = feedback
         self.is_stopping = False
 
 
@@ -58,12 +62,15 @@ def make_app(runtime: Backend, settings: ServerSettings) -> web.Application:
     """
     metrics = Metrics(runtime)
     edge = Edge(settings, metrics)
-    lifecycle = _Lifecycle(edge.in_flight)
+    feedback = FeedbackRoutes(runtime, settings, metrics)
+    lifecycle = _Lifecycle(edge.in_flight, feedback)
     app = web.Application(middlewares=[edge.middleware], client_max_size=settings.max_body_bytes)
     app[_LIFECYCLE] = lifecycle
     app.on_response_prepare.append(edge.sign)
     routes = Routes(runtime, settings, metrics, lambda: lifecycle.is_stopping)
     app.add_routes(routes.table())
+    app.add_routes(feedback.table())
+    app.add_routes(AdapterRoutes(runtime, settings).table())
     add_page(app)
 
     async def listen(app: web.Application) -> AsyncIterator[None]:
@@ -120,6 +127,9 @@ async def serve(
         await stop.wait()
         lifecycle.is_stopping = True
         await site.stop()
+        with suppress(TimeoutError):  # those that take longer are waited for with the requests
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await lifecycle.feedback.close()
         await _finish_requests(runtime, lifecycle.in_flight, settings.shutdown_timeout_s)
     finally:
         lifecycle.is_stopping = True

@@ -39,6 +39,16 @@ class ServerSettings:
     """Connections that the system queues before they are accepted."""
     allowed_origins: tuple[str, ...] = ()
     """Web origins that a browser may call from (CORS), ``"*"`` for any. None by default."""
+    max_frame_bytes: int = 1024 * 1024
+    """Largest message on the feedback WebSocket; a larger one ends the connection (1009)."""
+    max_feedback_events: int = 1000
+    """Most events in one POST to /v1/feedback."""
+    feedback_window: int = 256
+    """Events of one connection that may await their answers; reading pauses beyond them."""
+    max_feedback_connections: int = 256
+    """Most WebSockets at /v1/feedback; further ones are refused with 429."""
+    heartbeat_s: float = 30.0
+    """A quiet WebSocket gets a ping this often, and is cut if half as long brings no pong."""
     enable_adapter_loading: bool = True
     """Serve /v1/load_lora_adapter and /v1/unload_lora_adapter."""
 
@@ -62,12 +72,22 @@ class ServerSettings:
                 "set an API key (--api-key or COTUNE_API_KEY), or listen on 127.0.0.1; without a "
                 "key only this machine may reach the server",
             )
-        for name in ("max_body_bytes", "max_messages", "max_prompts", "max_n", "backlog"):
+        for name in (
+            "max_body_bytes",
+            "max_messages",
+            "max_prompts",
+            "max_n",
+            "backlog",
+            "max_frame_bytes",
+            "max_feedback_events",
+            "feedback_window",
+            "max_feedback_connections",
+        ):
             if getattr(self, name) < 1:
                 raise _wrong(name, getattr(self, name), "choose 1 or more")
         if self.max_n > MAX_N:
             raise _wrong("max_n", self.max_n, f"choose at most {MAX_N}")
-        for name in ("read_timeout_s", "stall_timeout_s", "keepalive_timeout_s"):
+        for name in ("read_timeout_s", "stall_timeout_s", "keepalive_timeout_s", "heartbeat_s"):
             if not getattr(self, name) > 0:
                 raise _wrong(name, getattr(self, name), "choose a number of seconds above 0")
         if not self.shutdown_timeout_s >= 0:

@@ -8,13 +8,16 @@ from cotune.runtime import errors as runtime_errors
 from cotune.runtime.errors import (
     AdapterLoadError,
     ConfigError,
+    ConflictError,
     ContextLengthError,
     CotuneError,
     DrainingError,
     IterationError,
+    LearningOffError,
     NotFoundError,
     OverloadedError,
     RequestError,
+    StorageError,
 )
 from cotune.web.errors import INTERNAL, Refusal, RefusalError, refusal_for
 
@@ -27,6 +30,10 @@ from cotune.web.errors import INTERNAL, Refusal, RefusalError, refusal_for
         (ContextLengthError("x"), 400, "invalid_request_error", "context_length_exceeded"),
         (NotFoundError("x", param="model"), 404, "invalid_request_error", "model_not_found"),
         (NotFoundError("x"), 404, "invalid_request_error", "not_found"),
+        (ConflictError("x"), 409, "invalid_request_error", "conflict"),
+        (ConflictError("x", code="id_reused"), 409, "invalid_request_error", "id_reused"),
+        (LearningOffError("x"), 400, "invalid_request_error", "learning_off"),
+        (StorageError("x"), 503, "service_unavailable_error", "storage_failed"),
         (AdapterLoadError("x"), 400, "invalid_request_error", "adapter_not_loaded"),
         (OverloadedError("x"), 429, "rate_limit_error", "overloaded"),
         (DrainingError("x"), 503, "service_unavailable_error", "draining"),
@@ -51,7 +58,7 @@ def test_every_error_of_the_runtime_has_a_row() -> None:
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.2, "1"), (1.0, "1"), (1.5, "2"), (30, "30")])
 def test_what_may_be_tried_again_says_when_in_whole_seconds(seconds: float, header: str) -> None:
-    for kind in (OverloadedError, DrainingError):
+    for kind in (OverloadedError, DrainingError, StorageError):
         assert refusal_for(kind("x", retry_after_s=seconds)).headers == (("Retry-After", header),)
     assert refusal_for(RequestError("x")).headers == ()
 

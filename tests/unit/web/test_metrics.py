@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cotune.runtime.errors import RequestError
+from cotune.runtime.learning.status import AdapterLearning
 from cotune.runtime.types import SamplingParams
+from cotune.tools.null_learning import NullLearning
 from cotune.tools.null_runtime import TOTAL_PAGES, NullRuntime
 from cotune.web.metrics import Histogram, Metrics
 
@@ -106,8 +109,74 @@ async def test_a_refused_request_is_counted_by_reason() -> None:
         assert value(metrics, "cotune_rejected_total", reason="OverloadedError") == 1
 
 
+async def test_feedback_and_what_was_learned_are_told_by_adapter() -> None:
+    learning = NullLearning("tiny")
+    async with NullRuntime(served_name="tiny", learning=learning) as runtime:
+        metrics = Metrics(runtime)
+        edit = {"id": "a", "type": "edit", "response_id": "r", "text": "better"}
+        rating = {"id": "b", "type": "rating", "response_id": "r", "rating": 1}
+        await runtime.complete("x", SamplingParams(max_tokens=1), request_id="r")
+        await runtime.feedback(edit)
+        await runtime.feedback(rating)
+        await runtime.feedback(rating)
+        with pytest.raises(RequestError):
+            await runtime.feedback({**rating, "id": "c", "rating": 0})
+        metrics.on_unreadable_feedback("invalid_json")
+        learning.publish()
+        learning.refuse("entropy", "repetition")
+        events = "cotune_feedback_events_total"
+        assert value(metrics, events, model="tiny", type="rating") == 1
+        assert value(metrics, events, model="tiny", type="edit") == 1
+        refused = "cotune_feedback_refused_total"
+        assert value(metrics, refused, code="invalid_feedback") == 1
+        assert value(metrics, refused, code="invalid_json") == 1
+        assert value(metrics, "cotune_feedback_duplicates_total") == 1
+        assert value(metrics, "cotune_feedback_responses") == 1
+        assert value(metrics, "cotune_pairs", adapter="tiny", state="queued") == 1
+        candidates = "cotune_candidates_total"
+        assert value(metrics, candidates, adapter="tiny", outcome="passed") == 1
+        assert value(metrics, candidates, outcome="refused", reason="entropy") == 1
+        assert value(metrics, "cotune_live_version", adapter="tiny") == 1
+        # Each has a sample of its own in what the runtime tells.
+        status = AdapterLearning(
+            adapter="tiny",
+            live_age_s=1.5,
+            steps=2,
+            tokens_trained=3,
+            loss=0.4,
+            margin=0.5,
+            reward_accuracy=0.6,
+            gradient_norm=0.7,
+            learning_rate=0.8,
+            win_rate=0.9,
+            base_win_rate=0.5,
+        )
+        learning.fixed = status
+        for name, expected in (
+            ("live_version_age_seconds", 1.5),
+            ("training_steps_total", 2),
+            ("training_tokens_total", 3),
+            ("training_loss", 0.4),
+            ("training_margin", 0.5),
+            ("training_reward_accuracy", 0.6),
+            ("training_gradient_norm", 0.7),
+            ("training_learning_rate", 0.8),
+        ):
+            assert value(metrics, f"cotune_{name}", adapter="tiny") == expected, name
+        assert value(metrics, "cotune_win_rate", adapter="tiny", weights="live") == 0.9
+        assert value(metrics, "cotune_win_rate", adapter="tiny", weights="base") == 0.5
+
+
+async def test_what_is_not_known_yet_has_no_sample() -> None:
+    async with NullRuntime(learning=NullLearning("null")) as runtime:
+        text = Metrics(runtime).render().decode()
+        assert "cotune_live_version{" in text
+        assert "cotune_training_loss{" not in text
+        assert "cotune_win_rate{" not in text
+
+
 async def test_every_family_is_valid_prometheus_text_with_a_help_line() -> None:
-    async with NullRuntime() as runtime:
+    async with NullRuntime(learning=NullLearning("null")) as runtime:
         metrics = Metrics(runtime)
         for name, family in families(metrics).items():
             assert family.documentation, name

@@ -15,9 +15,12 @@ from cotune.web.requests import (
     parse_chat,
     parse_completion,
     parse_detokenize,
+    parse_feedback,
     parse_json,
     parse_load_adapter,
+    parse_promote,
     parse_request_id,
+    parse_source,
     parse_tokenize,
     parse_unload_adapter,
 )
@@ -35,6 +38,49 @@ def completion(**fields: Any) -> Any:
 
 
 # What is understood.
+
+
+@pytest.mark.parametrize("parse", [chat, completion])
+def test_who_asks_and_whether_to_record_it_arrive(parse: Any) -> None:
+    assert (parse().record, parse().source) == (None, None)
+    assert parse(store=True).record is True
+    assert parse(store=False).record is False
+    assert parse(user="ann").source == "ann"
+    assert parse(user="").source is None
+    assert parse(user="ann", safety_identifier="bob").source == "bob"
+
+
+def test_feedback_is_one_event_or_a_bounded_list_of_them() -> None:
+    few = ServerSettings(max_feedback_events=2)
+    assert parse_feedback(b'{"id": "a"}', few) == {"id": "a"}
+    assert parse_feedback(b'[{"id": "a"}, 3]', few) == [{"id": "a"}, 3]
+    for body, code in (
+        (b"[]", "invalid_json"),
+        (b"3", "invalid_json"),
+        (b"", "invalid_json"),
+        (b"[{}, {}, {}]", "too_many_events"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            parse_feedback(body, few)
+        assert caught.value.code == code
+
+
+def test_promoting_takes_an_empty_body_or_force() -> None:
+    assert not parse_promote(b" ").force
+    assert not parse_promote(b"{}").force
+    assert parse_promote(b'{"force": true}').force
+    with pytest.raises(RequestError) as caught:
+        parse_promote(b'{"force": 1}')
+    assert caught.value.param == "force"
+
+
+@pytest.mark.parametrize("source", ["", "x" * 257, "two\nlines", "\0"])
+def test_a_source_is_a_short_printable_name(source: str) -> None:
+    assert parse_source("Zo\u00eb @ work", param="source") == "Zo\u00eb @ work"
+    with pytest.raises(RequestError) as caught:
+        parse_source(source, param="source")
+    assert caught.value.param == "source"
+    assert len(caught.value.message) < 300
 
 
 def test_a_plain_chat_request_takes_every_default() -> None:
@@ -187,8 +233,8 @@ def test_unknown_fields_are_ignored_and_named_in_the_debug_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.DEBUG, logger="cotune.web.requests"):
-        assert chat(user="me", metadata={"a": 1}, no_such_field=3) == chat()
-    assert "['metadata', 'no_such_field', 'user']" in caplog.text
+        assert chat(service_tier="auto", metadata={"a": 1}, no_such_field=3) == chat()
+    assert "['metadata', 'no_such_field', 'service_tier']" in caplog.text
 
 
 def test_usage_in_every_chunk_needs_usage_at_the_end() -> None:
