@@ -6,6 +6,7 @@
     ├── schedule   ScheduleConfig    what an iteration may hold, how long the queue may grow
     ├── adapters   AdapterConfig     LoRA adapters
     ├── lanes      LaneConfig        threads
+    ├── learning   LearningConfig    feedback, training, the gate (learning/config.py)
     └── seed
 
 A config holds what was asked for; what start-up finds out (page count, the context length of the
@@ -24,6 +25,7 @@ from typing import Any, TypedDict
 
 from ..policy import POLICY_NAMES
 from .errors import ConfigError
+from .learning.config import LearningConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_TOKEN_BUDGET = {"cpu": 512, "cuda": 2048}
@@ -135,7 +137,7 @@ class AdapterConfig:
 
     modules: tuple[tuple[str, Path], ...] = ()
     """(name, directory in PEFT format) of each adapter to load at start."""
-    max_loras: int = 4
+    max_loras: int = 8
     """Most adapter versions that one iteration can serve; 0 turns adapters off."""
     max_lora_rank: int = 64
     """Highest rank that is taken."""
@@ -158,7 +160,8 @@ class LaneConfig:
     """The threads that device work runs on."""
 
     inference_threads: int | None = None
-    """Intra-op threads of the inference lane on a CPU (None: torch's own choice)."""
+    """Intra-op threads of the inference lane on a CPU (None: torch's own choice, less those of the
+    training lane where learning is on)."""
 
     def validate(self) -> None:
         """Raise `ConfigError` at the first wrong field."""
@@ -168,7 +171,9 @@ class LaneConfig:
 class Shorthands(TypedDict, total=False):
     """The settings that `Runtime` takes by their last name; see the groups for their meaning.
 
-    `adapters` maps names to directories; the others are fields of the groups of `RuntimeConfig`.
+    `adapters` maps names to directories; `learning` turns learning on or off, or is all of its
+    settings; `state_dir` says where it keeps its state, and turns it on. The others are fields of
+    the groups of `RuntimeConfig`.
     """
 
     dtype: str
@@ -190,6 +195,8 @@ class Shorthands(TypedDict, total=False):
     max_loras: int
     max_lora_rank: int
     inference_threads: int | None
+    learning: bool | LearningConfig
+    state_dir: str | Path | None
     seed: int | None
 
 
@@ -207,6 +214,8 @@ class RuntimeConfig:
     """LoRA adapters."""
     lanes: LaneConfig = field(default_factory=LaneConfig)
     """Threads."""
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    """Learning from feedback."""
     seed: int | None = None
     """Requests without a seed draw theirs from this one, in order of arrival (None: random)."""
 
@@ -217,6 +226,19 @@ class RuntimeConfig:
         self.schedule.validate()
         self.adapters.validate()
         self.lanes.validate()
+        self.learning.validate()
+        if self.learning.enabled and self.adapters.max_loras < 2:
+            raise _wrong(
+                "adapters.max_loras",
+                self.adapters.max_loras,
+                "use 2 or more: learning needs a slot for the live version and one for a candidate",
+            )
+        if self.learning.enabled and self.learning.training.lora_rank > self.adapters.max_lora_rank:
+            raise _wrong(
+                "training.lora_rank",
+                self.learning.training.lora_rank,
+                f"use at most adapters.max_lora_rank, {self.adapters.max_lora_rank}",
+            )
         _check_int("seed", self.seed, -(2**63), optional=True)
 
     def with_shorthands(self, values: Mapping[str, Any]) -> RuntimeConfig:
@@ -230,26 +252,33 @@ class RuntimeConfig:
         """
         changes: dict[str, dict[str, Any]] = {}
         top: dict[str, Any] = {}
+        learning = self.learning
         for name, value in values.items():
             if name == "adapters":
                 modules = tuple((key, Path(path)) for key, path in value.items())
                 changes.setdefault("adapters", {})["modules"] = modules
             elif name == "seed":
                 top["seed"] = value
+            elif name == "learning":
+                learning = replace(learning, enabled=value) if isinstance(value, bool) else value
+            elif name == "state_dir":
+                if value is not None:
+                    learning = replace(learning, enabled=True, state_dir=Path(value))
             elif name in _GROUP_OF:
                 changes.setdefault(_GROUP_OF[name], {})[name] = value
             else:
                 raise ConfigError(
                     f"there is no setting {name!r}; known: "
-                    f"{', '.join(sorted((*_GROUP_OF, 'adapters', 'seed')))}",
+                    f"{', '.join(sorted((*_GROUP_OF, *_OTHER_SHORTHANDS)))}",
                     param=name,
                     code="unknown_setting",
                 )
         for group, group_changes in changes.items():
             top[group] = replace(getattr(self, group), **group_changes)
-        return replace(self, **top)
+        return replace(self, learning=learning, **top)
 
 
+_OTHER_SHORTHANDS = ("adapters", "learning", "seed", "state_dir")
 _GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "cache": CacheConfig,

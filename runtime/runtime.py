@@ -6,6 +6,7 @@
 Start-up, in order, and undone in reverse if a step fails or the block is left:
 
     lane (thread, device stream) ─► model and executor, loaded there ─► adapters ─► engine task
+                                 ─► learning: state directory, training lane, learners
 
 Several runtimes may live in one process, each with a lane, pages and weights of its own. A runtime
 belongs to the event loop that entered it.
@@ -31,6 +32,7 @@ from ..streams.device import DeviceError, describe_device, resolve_device
 from ..streams.lane import Lane
 from .adapters import AdapterStore
 from .answer_text import AnswerText
+from .background import Background
 from .config import RuntimeConfig
 from .engine import Engine
 from .errors import (
@@ -38,11 +40,13 @@ from .errors import (
     ContextLengthError,
     CotuneError,
     DrainingError,
+    LearningOffError,
     ModelLoadError,
     NotFoundError,
     OverloadedError,
     RequestError,
 )
+from .learning.status import LearningStatus
 from .lora import read_lora
 from .randomness import SeedSource
 from .sequence import Request
@@ -51,11 +55,14 @@ from .stream import ResponseStream
 from .types import BASE, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from types import TracebackType
 
     from .config import Shorthands
     from .engine import StepExecutor
+    from .learning.events import Acknowledgement, FeedbackEvent
+    from .learning.service import LearningService
+    from .learning.versions import VersionRecord
     from .loading import LoadedModel
     from .tokenization import TextCodec
     from .types import AdapterVersion, Message
@@ -104,11 +111,13 @@ class _Served:
     codec: TextCodec
     adapters: AdapterStore
     engine: Engine
+    cache: KVCacheManager
     device: torch.device
     token_budget: int
     max_model_len: int
     served_name: str
     created: datetime
+    learning: LearningService | None = None
 
 
 class Runtime:
@@ -163,11 +172,12 @@ class Runtime:
             device = resolve_device(self.config.model.device)
         except DeviceError as error:
             raise ConfigError(str(error), param="model.device", code="invalid_config") from error
+        refusal: CotuneError | None = None
         async with AsyncExitStack() as stack:
             lane = Lane(
                 "inference",
                 device=device,
-                threads=self.config.lanes.inference_threads,
+                threads=_inference_threads(self.config, device),
                 high_priority=True,
             )
             stack.enter_context(lane)
@@ -175,7 +185,18 @@ class Runtime:
             self._parts = await self._load(lane, device)
             group = await stack.enter_async_context(asyncio.TaskGroup())
             group.create_task(self._parts.engine.run(), name="cotune-engine")
-            self._stack = stack.pop_all()
+            stack.callback(self._parts.engine.stop)
+            if self.config.learning.enabled:
+                try:
+                    service = await stack.enter_async_context(self._learning_service(self._parts))
+                except CotuneError as error:  # the task group would wrap it in a group
+                    refusal = error
+                else:
+                    self._parts = replace(self._parts, learning=service)
+            if refusal is None:
+                self._stack = stack.pop_all()
+        if refusal is not None:
+            raise refusal
         return self
 
     async def __aexit__(
@@ -209,10 +230,13 @@ class Runtime:
         cache = KVCacheManager(
             executor.num_pages, executor.page_size, config.cache.enable_prefix_sharing
         )
+        learned = (served_name, *config.learning.adapters) if config.learning.enabled else ()
         adapters = AdapterStore(
             config.adapters.max_loras,
             reserved_names=(served_name,),
+            learned_names=learned,
             on_retired=cache.drop_namespace,
+            on_returned=cache.revive_namespace,
         )
         for name, path in config.adapters.modules:
             weights = await lane.run(_read_adapter, path, loaded, config.adapters.max_lora_rank)
@@ -237,11 +261,28 @@ class Runtime:
             codec=codec,
             adapters=adapters,
             engine=engine,
+            cache=cache,
             device=device,
             token_budget=token_budget,
             max_model_len=engine.max_model_len,
             served_name=served_name,
             created=datetime.now(UTC),
+        )
+
+    def _learning_service(self, served: _Served) -> LearningService:
+        from .learning.service import LearningService
+
+        return LearningService(
+            self.config.learning,
+            served_name=served.served_name,
+            loaded=served.loaded,
+            codec=served.codec,
+            adapters=served.adapters,
+            cache=served.cache,
+            engine=served.engine,
+            device=served.device,
+            max_lora_rank=self.config.adapters.max_lora_rank,
+            clock=self._clock,
         )
 
     async def _free_memory(self, lane: Lane) -> None:
@@ -260,6 +301,8 @@ class Runtime:
         model: str | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> ResponseStream:
         """Answer a conversation.
 
@@ -269,6 +312,8 @@ class Runtime:
             model: the served model's name, an adapter's, or ``adapter@version`` (the served model).
             priority: lower goes first; one level is worth a minute of waiting.
             request_id: unique among the live ones (made up).
+            record: keep the answers so that feedback by their ids works (as configured).
+            source: whose they are, for `forget` ("local").
 
         Returns at once; what is wrong is raised when the stream is entered or awaited.
         """
@@ -277,7 +322,14 @@ class Runtime:
             return codec.encode_chat(messages)
 
         return self._request(
-            "chatcmpl", encode, _chars(messages), params, model, priority, request_id
+            "chatcmpl",
+            encode,
+            _chars(messages),
+            params,
+            model,
+            priority,
+            request_id,
+            lambda learning: learning.ticket(model, source, tuple(messages), record),
         )
 
     def complete(
@@ -288,6 +340,8 @@ class Runtime:
         model: str | None = None,
         priority: int = 0,
         request_id: str | None = None,
+        record: bool | None = None,
+        source: str | None = None,
     ) -> ResponseStream:
         """Continue a text, or token ids. Otherwise like `chat`."""
 
@@ -297,7 +351,16 @@ class Runtime:
             return _check_token_ids(prompt, self._served.loaded.vocab_size)
 
         size = len(prompt) if isinstance(prompt, str) else 0
-        return self._request("cmpl", encode, size, params, model, priority, request_id)
+        return self._request(
+            "cmpl",
+            encode,
+            size,
+            params,
+            model,
+            priority,
+            request_id,
+            lambda learning: learning.ticket(model, source, None, record),
+        )
 
     def _request(
         self,
@@ -308,12 +371,13 @@ class Runtime:
         model: str | None,
         priority: int,
         request_id: str | None,
+        ticket: Callable[[LearningService], object],
     ) -> ResponseStream:
         async def admit(request_id: str) -> tuple[Engine, Request]:
             engine = self._served.engine
             try:
                 return engine, await self._admit(
-                    request_id, encode, size, params or SamplingParams(), model, priority
+                    request_id, encode, size, params or SamplingParams(), model, priority, ticket
                 )
             except CotuneError as error:
                 for kind, reason in _REASONS:
@@ -334,6 +398,7 @@ class Runtime:
         params: SamplingParams,
         model: str | None,
         priority: int,
+        ticket: Callable[[LearningService], object],
     ) -> Request:
         """Check everything, tokenize, and hand the request to the engine."""
         served = self._served
@@ -342,38 +407,62 @@ class Runtime:
         _check_priority(priority)
         params.validate(vocab_size=served.loaded.vocab_size)
         served.engine.check_room()
-        version = self._resolve(model)  # a wrong name is refused before any work
-        if size > LARGE_TEXT_CHARS:
-            prompt = tuple(await asyncio.to_thread(encode, served.codec))
-            version = self._resolve(model)  # the live version may have changed meanwhile
-        else:
-            prompt = tuple(encode(served.codec))
-        if not prompt:
-            raise RequestError(
-                "the prompt is empty; give at least one token", param="prompt", code="empty_prompt"
+        async with AsyncExitStack() as holds:
+            # A wrong name is refused before any work. An old version comes from disk.
+            is_here = self._is_resident(model)
+            if not is_here:
+                assert model is not None
+                assert served.learning is not None
+                await holds.enter_async_context(served.learning.held(model))
+            if size > LARGE_TEXT_CHARS:
+                prompt = tuple(await asyncio.to_thread(encode, served.codec))
+            else:
+                prompt = tuple(encode(served.codec))
+            if not prompt:
+                raise RequestError(
+                    "the prompt is empty; give at least one token",
+                    param="prompt",
+                    code="empty_prompt",
+                )
+            params = params.resolve(served.loaded.generation_defaults)
+            request = Request(
+                request_id=request_id,
+                prompt=prompt,
+                params=params,
+                max_tokens=served.engine.limit_tokens(len(prompt), params),
+                seed=self._seeds.resolve(params),
+                version=self._resolve(model),  # the live one of now, nothing awaited since
+                model=model or served.served_name,
+                priority=priority,
+                arrival_s=arrival_s,
+                record=None if served.learning is None else ticket(served.learning),
             )
-        params = params.resolve(served.loaded.generation_defaults)
-        request = Request(
-            request_id=request_id,
-            prompt=prompt,
-            params=params,
-            max_tokens=served.engine.limit_tokens(len(prompt), params),
-            seed=self._seeds.resolve(params),
-            version=version,
-            model=model or served.served_name,
-            priority=priority,
-            arrival_s=arrival_s,
-        )
-        served.engine.submit(request)
+            served.engine.submit(request)
         return request
+
+    def _is_resident(self, model: str | None) -> bool:
+        """Whether `_resolve` finds the version now; False if it may be on disk.
+
+        Raises:
+            NotFoundError: there is no such model.
+        """
+        try:
+            self._resolve(model)
+        except NotFoundError:
+            learning = self._served.learning
+            if learning is None or model is None or not learning.is_version(model):
+                raise
+            return False
+        return True
 
     def _resolve(self, model: str | None) -> AdapterVersion:
         """The weights that a request for `model` is answered by."""
         served = self._served
-        if model is None or model == served.served_name:
+        name = model or served.served_name
+        if name == served.served_name and served.learning is None:
             return BASE
         try:
-            return served.adapters.resolve(model)
+            return served.adapters.resolve(name)
         except NotFoundError as error:
             names = ", ".join(info.id for info in self.model_names())
             raise NotFoundError(
@@ -408,29 +497,125 @@ class Runtime:
         self._served.adapters.remove(name)
 
     def model_names(self) -> tuple[ModelInfo, ...]:
-        """The served model, then the live adapters by name."""
+        """The served model, then the adapters by name: live ones, and those that learn."""
         served = self._served
-        base = ModelInfo(
-            id=served.served_name,
-            parent=None,
-            root=str(self.config.model.source or served.loaded.name),
-            created=served.created,
-            max_model_len=served.max_model_len,
+        root = str(self.config.model.source or served.loaded.name)
+        tenants = self.config.learning.adapters if served.learning is not None else ()
+        # Name to where the weights come from; a tenant has the base model's at first.
+        names = {served.served_name: (root, served.created)}
+        names |= dict.fromkeys(tenants, (root, served.created))
+        names |= {
+            info.version.name: (str(info.path), info.created)
+            for info in served.adapters.list()
+            if info.is_live and info.version.name != served.served_name
+        }
+        return tuple(
+            ModelInfo(
+                id=name,
+                parent=None if name == served.served_name else served.served_name,
+                root=path,
+                created=created,
+                max_model_len=served.max_model_len,
+            )
+            for name, (path, created) in names.items()
         )
-        return (
-            base,
-            *(
-                ModelInfo(
-                    id=info.version.name,
-                    parent=served.served_name,
-                    root=str(info.path),
-                    created=info.created,
-                    max_model_len=served.max_model_len,
-                )
-                for info in served.adapters.list()
-                if info.is_live
-            ),
-        )
+
+    # -- learning --------------------------------------------------------------------------------
+
+    async def feedback(
+        self, event: FeedbackEvent | Mapping[str, object], *, source: str = "local"
+    ) -> Acknowledgement:
+        """Take what somebody says about an answer; returns when it is stored for good.
+
+        Args:
+            event: a value of `cotune.runtime.learning.events`, or the same as a mapping with the
+                fields of the WebSocket's frames. Its `id`, unique per source, makes it safe to send
+                again.
+            source: who says it; quotas and `forget` go by it.
+
+        Raises:
+            LearningOffError: this runtime does not learn.
+            RequestError, NotFoundError, ConflictError, ContextLengthError: the event is refused.
+            OverloadedError: the source's quota is used up, or the queue is full.
+            StorageError: the disk is full or failing.
+        """
+        return await self._learning.feedback(event, source=source)
+
+    def export_feedback(self, adapter: str | None = None) -> AsyncIterator[Mapping[str, object]]:
+        """All feedback that stands (of one adapter), as rows that TRL reads."""
+        return self._learning.export(adapter)
+
+    async def forget(self, source: str) -> int:
+        """Remove what `source` said and was answered; how many events that was.
+
+        Versions that were trained on it stay as they are.
+        """
+        return await self._learning.forget(source)
+
+    def learning(self) -> LearningStatus:
+        """Evidence of learning: what came in, what was trained, what is live and how good it is."""
+        learning = self._served.learning
+        return LearningStatus(enabled=False) if learning is None else learning.status()
+
+    async def adapters(self) -> tuple[VersionRecord, ...]:
+        """Every version that was learned, published or refused, by adapter and number."""
+        return await self._learning.records()
+
+    async def promote(self, model: str, *, force: bool = False) -> VersionRecord | None:
+        """Let a version go live at once: ``name@7``, or ``7`` of the served model, 0 for the base.
+
+        New requests get it from the next iteration on, running ones finish on theirs, and training
+        goes on from it. A version that the gate refused needs `force`. The result is None where
+        the base model is live now.
+
+        Raises:
+            NotFoundError: there is no such version.
+            ConflictError: the gate refused it.
+        """
+        return await self._learning.promote(model, force=force)
+
+    async def rollback(self, model: str) -> VersionRecord | None:
+        """Take a live version back: what was live before it is live again (None: the base model).
+
+        Raises:
+            NotFoundError: there is no such version.
+            ConflictError: it is not live.
+        """
+        return await self._learning.rollback(model)
+
+    async def score(
+        self,
+        prompt: Sequence[int],
+        completion: Sequence[int],
+        *,
+        model: str | None = None,
+    ) -> tuple[float, ...]:
+        """The log-probability of each token of `completion` after `prompt`, in the background.
+
+        Args:
+            prompt, completion: token ids, at least one each.
+            model: as in `chat`.
+        """
+        served = self._served
+        for tokens in (prompt, completion):
+            if not _check_token_ids(tokens, served.loaded.vocab_size):
+                raise RequestError("prompt and completion need at least one token each")
+        async with AsyncExitStack() as holds:
+            if not self._is_resident(model):
+                await holds.enter_async_context(self._learning.held(str(model)))
+            background = Background(served.engine, self._clock)
+            found = await background.score(self._resolve(model), prompt, completion)
+        return tuple(token.logprob for token in found)
+
+    @property
+    def _learning(self) -> LearningService:
+        learning = self._served.learning
+        if learning is None:
+            raise LearningOffError(
+                "this runtime does not learn; start it with learning=True, or state_dir, for that",
+                code="learning_off",
+            )
+        return learning
 
     # -- what there is to know -------------------------------------------------------------------
 
@@ -476,6 +661,7 @@ class Runtime:
             "max_num_batched_tokens": served.token_budget,
             "policy": self.config.schedule.policy,
             "max_loras": self.config.adapters.max_loras,
+            "state_dir": None if served.learning is None else str(served.learning.state.path),
         }
 
     def add_listener(self, listener: Listener) -> None:
@@ -538,6 +724,14 @@ def _load_model(
             code="out_of_memory",
         ) from error
     return loaded, executor, TextCodec(loaded.tokenizer)
+
+
+def _inference_threads(config: RuntimeConfig, device: torch.device) -> int | None:
+    """Intra-op threads of the inference lane: the training lane's come from the same cores."""
+    threads = config.lanes.inference_threads
+    if threads is None and device.type == "cpu" and config.learning.enabled:
+        return max(1, torch.get_num_threads() - config.learning.training.threads)
+    return threads
 
 
 def _text_maker(codec: TextCodec) -> Callable[[Sequence[int], SamplingParams], AnswerText]:

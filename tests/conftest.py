@@ -3,18 +3,30 @@
 One intra-op thread: the suite shares its cores, and waiting threads of an OpenMP pool spin. No
 hub: tests make their models in code and must not depend on a network.
 
+State: a runtime that learns keeps it in the home directory unless told otherwise; here each test
+has a home of its own for that.
+
 Tests marked `slow` run with ``-m slow``; those marked `gpu` run where there is a CUDA device.
 """
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _state_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

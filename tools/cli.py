@@ -41,6 +41,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "answer requests over HTTP, as the OpenAI API does"),
     "chat": ("chat", "talk to a model in the terminal"),
     "bench": ("", "measure speed; `cotune bench --help` lists the benchmarks"),
+    "feedback": ("feedback", "import, export or delete feedback"),
+    "adapters": ("adapters", "list, compare, promote or roll back what was learned"),
+    "drift": ("drift", "replay drifting feedback under chat traffic; does it learn?"),
     "train-demo": ("train_demo", "train the demo model from scratch"),
     "collect-env": ("collect_env", "print versions, devices and limits for a bug report"),
     "version": ("version", "print the version"),
@@ -50,6 +53,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "prefix": ("bench_prefix", "time to first token with and without a cached prefix"),
     "overhead": ("bench_overhead", "where an iteration's time goes"),
     "attention": ("bench_attention", "paged attention beside torch's own"),
+    "train": ("bench_train", "training steps per second and memory, beside TRL's DPOTrainer"),
     "web": ("bench_web", "the HTTP layer alone, without a model"),
 }
 

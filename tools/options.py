@@ -25,6 +25,7 @@ from ..runtime.config import (
     ScheduleConfig,
 )
 from ..runtime.errors import ConfigError
+from .learning_options import FLAG_OF_LEARNING_SETTING, add_learning_arguments, learning_config
 
 if TYPE_CHECKING:
     import asyncio
@@ -62,6 +63,7 @@ FLAG_OF_SETTING = {
     "max_messages": "--max-messages",
     "max_n": "--max-n",
     "shutdown_timeout_s": "--shutdown-timeout",
+    **FLAG_OF_LEARNING_SETTING,
 }
 """Which flag sets a setting, so that an error about the setting can name the flag."""
 
@@ -130,8 +132,11 @@ class _Collect(argparse.Action):
 # -- flags ---------------------------------------------------------------------------------------
 
 
-def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add everything that `runtime_config` reads: MODEL and the flags of a runtime."""
+def add_runtime_arguments(parser: argparse.ArgumentParser, *, learning: bool = False) -> None:
+    """Add everything that `runtime_config` reads: MODEL and the flags of a runtime.
+
+    `learning` says whether learning is on unless a flag says otherwise.
+    """
     schedule, adapters = ScheduleConfig(), AdapterConfig()
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -253,6 +258,7 @@ def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="highest rank that is taken (%(default)s)",
     )
+    add_learning_arguments(parser, default=learning)
 
 
 def add_general_arguments(
@@ -308,6 +314,7 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
             max_lora_rank=args.max_lora_rank,
         ),
         lanes=LaneConfig(inference_threads=args.threads),
+        learning=learning_config(args),
         seed=args.seed,
     )
     config.validate()

@@ -116,7 +116,7 @@ if a flag is left out. Without an API key only this machine can reach the server
         metavar="N",
         help="most completions per prompt (%(default)s)",
     )
-    add_runtime_arguments(parser)
+    add_runtime_arguments(parser, learning=True)
     add_general_arguments(parser)
 
 

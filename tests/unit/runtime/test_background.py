@@ -56,7 +56,7 @@ async def test_background_work_takes_no_place_in_the_queue() -> None:
             gate = await lane.reached()
             async with bench.stream([1, 2], max_tokens=1) as stream:
                 with pytest.raises(OverloadedError):
-                    await bench.stream([3, 4]).__aenter__()
+                    _ = await bench.stream([3, 4]).__aenter__()
                 gate.set_result(None)
                 lane.open()
                 assert (await stream).usage.completion_tokens == 1

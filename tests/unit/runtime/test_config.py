@@ -20,6 +20,7 @@ from cotune.runtime.config import (
     ScheduleConfig,
     Shorthands,
 )
+from cotune.runtime.learning.config import LearningConfig
 
 GROUPS = (ModelConfig, CacheConfig, ScheduleConfig, AdapterConfig, LaneConfig)
 
@@ -101,9 +102,28 @@ def test_every_setting_has_a_shorthand_of_the_same_type() -> None:
         for name, hint in get_type_hints(group).items()
         if name not in {"source", "device", "modules"}  # source and device are positional
     }
-    assert {name: hint for name, hint in hints.items() if name not in {"adapters", "seed"}} == (
-        settings
-    )
+    others = {"adapters", "learning", "seed", "state_dir"}
+    assert {name: hint for name, hint in hints.items() if name not in others} == settings
+
+
+def test_learning_is_turned_on_by_a_word_by_a_directory_or_by_all_of_its_settings() -> None:
+    plain = RuntimeConfig()
+    assert not plain.learning.enabled
+    assert plain.with_shorthands({"learning": True}).learning.enabled
+    placed = plain.with_shorthands({"state_dir": "somewhere"}).learning
+    assert placed.enabled
+    assert placed.state_dir == Path("somewhere")
+    own = LearningConfig(enabled=True, train=False)
+    both = plain.with_shorthands({"learning": own, "state_dir": "elsewhere"}).learning
+    assert both == dataclasses.replace(own, state_dir=Path("elsewhere"))
+
+
+def test_learning_needs_two_slots_and_a_rank_that_they_take() -> None:
+    learning = LearningConfig(enabled=True)
+    with pytest.raises(ConfigError, match="max_loras"):
+        RuntimeConfig(learning=learning, adapters=AdapterConfig(max_loras=1)).validate()
+    with pytest.raises(ConfigError, match="max_lora_rank"):
+        RuntimeConfig(learning=learning, adapters=AdapterConfig(max_lora_rank=4)).validate()
 
 
 def test_every_setting_has_a_line_that_says_what_it_is() -> None:

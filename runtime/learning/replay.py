@@ -1,0 +1,127 @@
+"""Which samples the next batch holds: new feedback first, some earlier feedback beside it.
+
+    new        trained on fewer than `epochs` times      the rest of the batch, newest first
+    earlier    trained on as often as that               `replay_share` of the batch, against
+                                                         forgetting (Rolnick et al. 2019)
+
+Earlier samples are drawn with a weight that halves with every `replay_half_life` samples that came
+after them: users' needs drift, and what they wanted long ago may be the opposite of what they want
+now.
+No source fills more than its share of a batch while others have something to say.
+
+Deterministic: the order follows from the seed, the samples and the calls. Owned by one learner.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .config import TrainingConfig
+    from .samples import Sample
+
+
+class ReplayBuffer:
+    """The samples that a learner may train on, and how often it has."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config = config
+        self._samples: dict[int, Sample] = {}  # in order of their keys, oldest first
+        self._visits: dict[int, int] = {}
+        self._random = random.Random(config.seed)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @property
+    def owed_samples(self) -> int:
+        """How many samples are still to be trained on as new."""
+        return sum(self._visits.get(key, 0) < self._config.epochs for key in self._samples)
+
+    @property
+    def untouched(self) -> int:
+        """Samples that were never trained on."""
+        return sum(not self._visits.get(key, 0) for key in self._samples)
+
+    def newer_than(self, key: int) -> int:
+        """How many samples came after the one with this key."""
+        return sum(known > key for known in self._samples)
+
+    @property
+    def last_key(self) -> int:
+        """The newest sample's key; 0 when there is none."""
+        return next(reversed(self._samples), 0)
+
+    def update(self, samples: Iterable[Sample]) -> None:
+        """Take the store's current samples, oldest first; those that are gone are dropped."""
+        self._samples = {sample.key: sample for sample in samples}
+        self._visits = {key: n for key, n in self._visits.items() if key in self._samples}
+
+    def next_batch(self) -> list[Sample]:
+        """The samples of the next optimizer step; empty when no new feedback is left.
+
+        They count as trained on from now on.
+        """
+        config = self._config
+        visits, epochs = self._visits, config.epochs
+        fresh = [key for key in self._samples if visits.get(key, 0) < epochs]
+        if not fresh:
+            return []
+        earlier = [key for key in self._samples if visits.get(key, 0) >= epochs]
+        replayed = round(config.batch_size * config.replay_share) if earlier else 0
+        # Fewest visits first, so that every sample has its turn before any has a second one;
+        # among equals at random, so that neighbours in time are not always in one batch.
+        self._random.shuffle(fresh)
+        fresh.sort(key=lambda key: visits.get(key, 0))
+        chosen = self._capped(fresh, config.batch_size - replayed)
+        chosen += self._capped(self._shuffled_by_age(earlier), config.batch_size - len(chosen))
+        for key in chosen:
+            visits[key] = visits.get(key, 0) + 1
+        return [self._samples[key] for key in chosen]
+
+    def _capped(self, keys: list[int], size: int) -> list[int]:
+        """The first `size` of `keys`, no source above its share unless places would stay empty."""
+        limit = max(1, round(size * self._config.max_source_share))
+        taken: dict[str, int] = {}
+        chosen: list[int] = []
+        spare: list[int] = []
+        for key in keys:
+            if len(chosen) == size:
+                break
+            source = self._samples[key].source
+            if taken.get(source, 0) < limit:
+                taken[source] = taken.get(source, 0) + 1
+                chosen.append(key)
+            else:
+                spare.append(key)
+        return chosen + spare[: size - len(chosen)]
+
+    def _shuffled_by_age(self, keys: list[int]) -> list[int]:
+        """All of `keys` in a random order in which newer ones tend to come first.
+
+        Weighted sampling without replacement (Efraimidis & Spirakis 2006): sort by u ** (1 / w).
+        """
+        newest, half_life = len(keys) - 1, self._config.replay_half_life
+        rank = {
+            key: self._random.random() ** (2.0 ** min((newest - age) / half_life, 60.0))
+            for age, key in enumerate(keys)
+        }
+        return sorted(keys, key=lambda key: rank[key], reverse=True)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides what comes next, but the samples: JSON-able."""
+        version, internal, gauss = self._random.getstate()
+        return {
+            "visits": {str(key): count for key, count in self._visits.items()},
+            "random": [version, list(internal), gauss],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take a `state` back. Samples that have come or gone since are as `update` says."""
+        visits = {int(key): int(count) for key, count in state["visits"].items()}
+        self._visits = {key: count for key, count in visits.items() if key in self._samples}
+        version, internal, gauss = state["random"]
+        self._random.setstate((version, tuple(internal), gauss))

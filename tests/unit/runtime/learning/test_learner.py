@@ -1,0 +1,541 @@
+"""The learner's decisions: when it trains, makes candidates, publishes, goes back and goes on.
+
+Its trainer and examiner are fakes that count and obey; replay, versions, adapters and checkpoints
+are the real ones. Verdicts are scripted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cotune.cache.manager import KVCacheManager
+from cotune.runtime.adapters import AdapterStore
+from cotune.runtime.errors import DrainingError, IterationError, StorageError
+from cotune.runtime.learning import learner as module
+from cotune.runtime.learning.config import GateConfig, LearningConfig, TrainingConfig
+from cotune.runtime.learning.gate import Evaluation, ProbeScore, Verdict
+from cotune.runtime.learning.learner import Learner
+from cotune.runtime.learning.publisher import Publisher
+from cotune.runtime.learning.samples import PreferencePair
+from cotune.runtime.learning.trainer import Quantum, StepReport, TrainerState
+from cotune.runtime.learning.versions import VersionStore
+from cotune.runtime.lora import LoraPair, LoraWeights
+from engine_fakes import InlineLane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from cotune.runtime.learning.samples import Sample
+
+NAME = "main"
+PASSED = Verdict(passed=True, reasons=(), explanation="passed", metrics={"raw_win_rate": 0.9})
+REFUSED = Verdict(passed=False, reasons=("probe_loss",), explanation="refused: it forgot")
+UNDECIDED = Verdict(passed=False, reasons=("not_better",), explanation="not yet", is_undecided=True)
+
+
+def pair(key: int, *, ready: bool = True) -> PreferencePair:
+    logp = -1.0 if ready else None
+    return PreferencePair(
+        key=key,
+        adapter=NAME,
+        source=f"s{key % 4}",
+        prompt_ids=(key, 1),
+        chosen_ids=(2,),
+        rejected_ids=(3,),
+        ref_chosen_logp=logp,
+        ref_rejected_logp=logp,
+    )
+
+
+class FakeStore:
+    """Samples in memory, with the store's own way of telling about changes."""
+
+    def __init__(self) -> None:
+        self.training: dict[int, Sample] = {}
+        self.held_out: dict[int, Sample] = {}
+        self.unscored: dict[int, Sample] = {}
+        self.refused: dict[int, str] = {}
+        self.failures: deque[Exception] = deque()
+        self.changes = 0
+        self._changed = asyncio.Event()
+
+    def change(self) -> None:
+        self.changes += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def add(self, count: int, *, held_out: int = 0) -> None:
+        start = len(self.training) + len(self.held_out) + len(self.unscored)
+        for key in range(start + 1, start + count + 1):
+            self.training[key] = pair(key)
+        for key in range(start + count + 1, start + count + held_out + 1):
+            self.held_out[key] = pair(key)
+        self.change()
+
+    async def wait_change(self, seen: int) -> int:
+        while self.changes == seen:
+            await self._changed.wait()
+        return self.changes
+
+    async def pending(self, _adapter: str, limit: int) -> tuple[Sample, ...]:
+        return tuple(self.unscored.values())[:limit]
+
+    async def set_reference(self, values: Sequence[tuple[int, float, float | None]]) -> None:
+        if self.failures:
+            raise self.failures.popleft()
+        for key, first, second in values:
+            sample = self.unscored.pop(key)
+            assert isinstance(sample, PreferencePair)
+            self.training[key] = replace(sample, ref_chosen_logp=first, ref_rejected_logp=second)
+        self.change()
+
+    async def refuse_sample(self, key: int, reason: str) -> None:
+        self.refused[key] = reason
+        for samples in (self.training, self.held_out, self.unscored):
+            samples.pop(key, None)
+        self.change()
+
+    async def samples(self, _adapter: str, *, held_out: bool, limit: int) -> tuple[Sample, ...]:
+        return tuple((self.held_out if held_out else self.training).values())[-limit:]
+
+    async def states(self, _adapter: str) -> dict[str, int]:
+        return {"ready": len(self.training), "held_out": len(self.held_out)}
+
+
+class FakeExaminer:
+    """Everything scores the same; the verdicts are scripted."""
+
+    def __init__(self) -> None:
+        self.evaluated: list[str] = []
+        self.failures: deque[Exception] = deque()
+        self.before_answer: Any = None
+
+    async def evaluate(self, version: Any, _samples: Sequence[Sample]) -> Evaluation:
+        self.evaluated.append(str(version))
+        if self.failures:
+            raise self.failures.popleft()
+        if self.before_answer is not None:
+            await self.before_answer()
+        return Evaluation(probe=ProbeScore(nll=1.0, entropy=1.0, repetition=0.0))
+
+    async def probe(self, _version: Any) -> ProbeScore:
+        return ProbeScore(nll=1.0, entropy=1.0, repetition=0.0)
+
+    async def reference(self, sample: Sample) -> tuple[float, ...]:
+        if self.failures:
+            raise self.failures.popleft()
+        return (-float(sample.key), -2.0)
+
+    def forget(self, *, keep: Any) -> None:
+        pass
+
+
+class FakeTrainer:
+    """Weights that are the number of steps since they were new."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.batches: list[list[int]] = []
+        self.anchors: list[float | None] = []
+        self._batch: Sequence[Sample] | None = None
+        self.set_aside: tuple[tuple[int, str], ...] = ()
+
+    def begin(self, batch: Sequence[Sample]) -> None:
+        assert self._batch is None
+        self._batch = batch
+
+    def next_quantum(self) -> Quantum | None:
+        return None if self._batch is None else Quantum(kind="step", samples=1, tokens=1)
+
+    def run_quantum(self) -> StepReport:
+        assert self._batch is not None
+        self.batches.append([sample.key for sample in self._batch])
+        self._batch = None
+        self.value += 1.0
+        set_aside, self.set_aside = self.set_aside, ()
+        return StepReport(
+            step=len(self.batches),
+            loss=0.5,
+            margin=0.1,
+            reward_accuracy=0.6,
+            chosen_reward=0.1,
+            rejected_reward=0.0,
+            gradient_norm=1.0,
+            learning_rate=1e-3,
+            tokens=10,
+            samples=len(self.batches[-1]),
+            halvings=0,
+            set_aside=set_aside,
+            kl=None,
+        )
+
+    def abandon(self) -> None:
+        self._batch = None
+
+    def snapshot(self) -> TrainerState:
+        return TrainerState({"value": torch.tensor(self.value)}, {})
+
+    def restore(self, state: TrainerState) -> None:
+        self.value = float(state.tensors["value"])
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return {"value": torch.tensor(self.value)}, {"kind": "fake"}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+        assert values == {"kind": "fake"}
+        self.value = float(tensors["value"])
+
+    def reset(self) -> None:
+        self.value = 0.0
+
+    def load_adapter(self, path: Path) -> None:
+        self.value = float((path / "value").read_text())
+
+    def save_adapter(self, path: Path) -> None:
+        (path / "value").write_text(str(self.value))
+        (path / "adapter_config.json").write_text("{}")
+        save_file({"value": torch.tensor([self.value])}, path / "adapter_model.safetensors")
+
+    def weights(self) -> LoraWeights:
+        matrix = torch.full((1, 1), self.value)
+        return LoraWeights(1, {"linear": LoraPair(matrix, matrix)})
+
+    def set_anchor(self) -> None:
+        self.anchors.append(self.value)
+
+    def clear_anchor(self) -> None:
+        self.anchors.append(None)
+
+
+class _NoBackground:
+    async def prefill(self, *_args: Any) -> None:
+        raise AssertionError("nothing is warmed here")
+
+
+@dataclass
+class School:
+    """A learner among fakes."""
+
+    root: Path
+    clock_s: float = 0.0
+    config: LearningConfig = field(
+        default_factory=lambda: LearningConfig(
+            enabled=True,
+            training=TrainingConfig(
+                batch_size=4, epochs=1, replay_share=0.0, batch_wait_s=5.0, checkpoint_steps=1
+            ),
+            gate=GateConfig(candidate_steps=2, min_held_out=1, candidate_wait_s=10.0),
+            warm_prefixes=False,
+        )
+    )
+
+    def __post_init__(self) -> None:
+        self.store = FakeStore()
+        self.examiner = FakeExaminer()
+        self.trainer = FakeTrainer()
+        self.verdicts: deque[Verdict] = deque()
+        self.cache = KVCacheManager(8, 4)
+        self.adapters = AdapterStore(4, learned_names=(NAME,), on_retired=self.cache.drop_namespace)
+        self.versions = VersionStore(self.root / "adapters")
+        self.learner = self._make_learner()
+
+    def _make_learner(self) -> Learner:
+        lane: Any = InlineLane()
+        publisher = Publisher(
+            NAME,
+            versions=self.versions,
+            adapters=self.adapters,
+            cache=self.cache,
+            background=_NoBackground(),  # type: ignore[arg-type]
+            read=lambda path: LoraWeights(1, {}),
+            warm=False,
+        )
+        return Learner(
+            NAME,
+            config=self.config,
+            store=self.store,  # type: ignore[arg-type]
+            examiner=self.examiner,  # type: ignore[arg-type]
+            publisher=publisher,
+            versions=self.versions,
+            adapters=self.adapters,
+            lane=lane,
+            make_trainer=lambda: self.trainer,  # type: ignore[arg-type, return-value]
+            directory=self.root / "training",
+            base=("base", "f00"),
+            clock=lambda: self.clock_s,
+        )
+
+    def judge(self, *_args: Any) -> Verdict:
+        return self.verdicts.popleft()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Learner]:
+        await self.learner.publisher.start()
+        task = asyncio.ensure_future(self.learner.run())
+        try:
+            yield self.learner
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self.versions.close()
+
+    async def until(self, condition: Any) -> None:
+        """Let the learner go on until something holds."""
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110 - of fakes, which have no events for all of it
+                await asyncio.sleep(0)
+
+    async def idle(self) -> None:
+        """Until it waits for feedback and will not go on by itself."""
+        await self.until(lambda: self.learner._phase == "idle" and self.learner._seen >= 0)
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        await self.until(lambda: self.learner._phase == "idle")
+
+
+@pytest.fixture
+def school(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> School:
+    made = School(tmp_path)
+    monkeypatch.setattr(module, "judge", made.judge)
+    return made
+
+
+async def test_a_candidate_that_passes_goes_live_and_is_what_training_goes_back_to(
+    school: School,
+) -> None:
+    school.verdicts += [PASSED, REFUSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.publisher.live.version == 1)
+        assert school.trainer.value == 2.0
+        school.store.add(8)
+        await school.until(lambda: learner.status().candidates_refused)
+        await school.idle()
+    assert len(school.trainer.batches) == 4
+    assert school.trainer.value == 2.0, "training went back to the state that was published"
+    assert school.versions.live(NAME) == 1
+    states = {record.number: record.state for record in school.versions.records(NAME)}
+    assert states == {1: "published", 2: "refused"}
+    assert learner.status().candidates_passed == 1
+    assert learner.status().candidates_refused == {"probe_loss": 1}
+    assert learner.status().win_rate == 0.9
+
+
+async def test_after_a_refusal_nothing_is_tried_again_before_new_feedback_comes(
+    school: School,
+) -> None:
+    school.verdicts += [REFUSED, PASSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.status().candidates_refused)
+        await school.idle()
+        assert len(school.trainer.batches) == 2
+        school.store.add(3)  # less than a batch
+        await school.idle()
+        assert len(school.trainer.batches) == 2
+        school.store.add(1)
+        await school.until(lambda: learner.publisher.live.version == 2)
+    # What the refused candidate had learned from is trained on again.
+    again = {key for batch in school.trainer.batches[2:] for key in batch}
+    assert len(again & set(range(1, 9))) >= 4
+
+
+async def test_an_undecided_candidate_is_trained_further_and_not_written(school: School) -> None:
+    school.verdicts += [UNDECIDED, PASSED]
+    async with school.running() as learner:
+        school.store.add(16, held_out=2)
+        await school.until(lambda: learner.publisher.live.version)
+    assert school.trainer.value == 4.0
+    assert [record.number for record in school.versions.records(NAME)] == [2]
+    assert learner.status().candidates_refused == {}
+
+
+async def test_too_many_undecided_candidates_in_a_row_are_a_refusal(school: School) -> None:
+    school.verdicts += [UNDECIDED] * (module.MAX_UNDECIDED + 1)
+    async with school.running() as learner:
+        school.store.add(8 * (module.MAX_UNDECIDED + 1), held_out=2)
+        await school.until(lambda: learner.status().candidates_refused)
+        await school.idle()
+    assert learner.status().candidates_refused == {"not_better": 1}
+    assert school.trainer.value == 0.0
+
+
+async def test_too_little_held_out_feedback_makes_no_candidate(school: School) -> None:
+    async with school.running() as learner:
+        school.store.add(16)
+        await school.until(lambda: len(school.trainer.batches) == 4)
+        await school.idle()
+    assert school.examiner.evaluated == []
+    assert learner.publisher.live.version == 0
+
+
+async def test_part_of_a_batch_waits_for_more_and_is_then_trained_on(school: School) -> None:
+    school.config = replace(
+        school.config, training=replace(school.config.training, batch_wait_s=0.02)
+    )
+    school.learner = school._make_learner()
+    async with school.running():
+        school.store.add(3)
+        await school.idle()
+        assert school.trainer.batches == []
+        school.clock_s += 0.03
+        await school.until(lambda: school.trainer.batches)
+    assert sorted(school.trainer.batches[0]) == [1, 2, 3]
+
+
+async def test_what_trickles_in_is_examined_after_a_while(school: School) -> None:
+    school.verdicts += [PASSED]
+    school.config = replace(
+        school.config, gate=replace(school.config.gate, candidate_steps=99, candidate_wait_s=0.02)
+    )
+    school.learner = school._make_learner()
+    async with school.running() as learner:
+        school.store.add(4, held_out=2)
+        await school.until(lambda: len(school.trainer.batches) == 1)
+        await school.idle()
+        assert school.examiner.evaluated == []
+        school.clock_s += 0.03
+        await school.until(lambda: learner.publisher.live.version == 1)
+
+
+async def test_a_promotion_during_an_examination_wins_over_the_candidate(school: School) -> None:
+    school.verdicts += [PASSED, PASSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.publisher.live.version == 1)
+
+        async def promote() -> None:
+            school.examiner.before_answer = None
+            await learner.publisher.promote(0, force=False)
+
+        school.examiner.before_answer = promote
+        school.store.add(8)
+        await school.until(lambda: len(school.versions.records(NAME)) == 2)
+        await school.idle()
+        assert learner.publisher.live.version == 0
+        assert school.versions.live(NAME) == 0
+        assert school.trainer.value == 0.0, "training begins again at what is live"
+
+
+async def test_a_device_that_fails_drops_the_candidate_and_training_goes_on(school: School) -> None:
+    school.examiner.failures.append(IterationError("the device failed"))
+    school.verdicts += [PASSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.status().candidates_refused)
+        assert learner.status().candidates_refused == {"failed": 1}
+        assert learner.publisher.live.version == 0
+        school.store.add(8)
+        await school.until(lambda: learner.publisher.live.version)
+    assert [info.version.version for info in school.adapters.list()] == [2]
+
+
+async def test_references_are_computed_for_what_comes_and_what_has_none_is_refused(
+    school: School,
+) -> None:
+    async with school.running():
+        school.store.unscored = {1: pair(1, ready=False), 2: pair(2, ready=False)}
+        school.examiner.failures.append(IterationError("bad logits", code="step_failed"))
+        school.store.change()
+        await school.until(lambda: not school.store.unscored)
+    assert len(school.store.refused) == 1
+    assert set(school.store.refused.values()) == {"step_failed"}
+    (sample,) = school.store.training.values()
+    assert sample.is_ready
+
+
+async def test_a_full_disk_delays_references_until_the_next_change(school: School) -> None:
+    async with school.running() as learner:
+        school.store.unscored = {1: pair(1, ready=False)}
+        school.store.failures.append(StorageError("disk full"))
+        school.store.change()
+        await school.until(lambda: not school.store.failures)
+        assert school.store.unscored
+        school.store.change()
+        await school.until(lambda: not school.store.unscored)
+        assert learner.status().phase != "stopped"
+
+
+async def test_samples_that_cannot_be_trained_on_are_not_offered_again(school: School) -> None:
+    school.trainer.set_aside = ((1, "too_long"), (2, "out_of_memory"))
+    async with school.running():
+        school.store.add(4)
+        await school.until(lambda: school.store.refused)
+        assert school.store.refused == {1: "too_long"}, "memory may be free the next time"
+        school.trainer.set_aside = ((2, "out_of_memory"),)
+        school.store.add(4)
+        await school.until(lambda: len(school.store.refused) == 2)
+    assert school.store.refused[2] == "out_of_memory"
+
+
+async def test_the_end_of_the_runtime_is_no_failure_of_the_learner(school: School) -> None:
+    school.examiner.failures.append(DrainingError("shutting down"))
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: not school.examiner.failures)
+        await school.until(lambda: learner.status().phase == "idle")
+
+
+async def test_a_learner_that_fails_says_so_and_raises_nothing(
+    school: School, caplog: pytest.LogCaptureFixture
+) -> None:
+    school.examiner.failures.append(ValueError("a mistake of ours"))
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.status().phase == "stopped")
+    assert "serving goes on" in caplog.text
+
+
+async def test_a_restart_goes_on_where_the_last_checkpoint_was(school: School) -> None:
+    school.verdicts += [PASSED]
+    async with school.running() as learner:
+        school.store.add(12, held_out=2)  # three batches: a candidate, and one step beyond it
+        await school.until(lambda: len(school.trainer.batches) == 3)
+        await school.idle()
+        before = learner.status()
+    again = School(school.root)
+    again.store = school.store
+    again.learner = again._make_learner()
+    async with again.running() as restarted:
+        await again.idle()
+        assert restarted.publisher.live.version == 1
+        assert again.trainer.value == 3.0
+        after = restarted.status()
+        assert again.trainer.batches == [], "nothing is trained on twice"
+    assert (after.steps, after.tokens_trained, after.candidates_passed) == (
+        before.steps,
+        before.tokens_trained,
+        before.candidates_passed,
+    )
+    assert after.win_rate == 0.9
+
+
+async def test_a_checkpoint_of_before_a_promotion_gives_way_to_the_live_version(
+    school: School,
+) -> None:
+    school.verdicts += [PASSED]
+    async with school.running():
+        school.store.add(12, held_out=2)
+        await school.until(lambda: len(school.trainer.batches) == 3)
+        await school.idle()
+    offline = VersionStore(school.root / "adapters")
+    offline.set_live(NAME, 0, "by hand, while nothing ran")
+    offline.close()
+    again = School(school.root)
+    again.store = school.store
+    again.learner = again._make_learner()
+    async with again.running() as restarted:
+        await again.idle()
+        assert restarted.publisher.live.version == 0
+    # It began at the base model, with what the version that was live had not been trained on.
+    assert again.trainer.anchors[0] is None
+    assert again.trainer.value == len(again.trainer.batches) == 1.0
