@@ -112,6 +112,7 @@ class _Served:
     adapters: AdapterStore
     engine: Engine
     cache: KVCacheManager
+    background: Background
     device: torch.device
     token_budget: int
     max_model_len: int
@@ -262,6 +263,7 @@ class Runtime:
             adapters=adapters,
             engine=engine,
             cache=cache,
+            background=Background(engine, self._clock),
             device=device,
             token_budget=token_budget,
             max_model_len=engine.max_model_len,
@@ -280,6 +282,7 @@ class Runtime:
             adapters=served.adapters,
             cache=served.cache,
             engine=served.engine,
+            background=served.background,
             device=served.device,
             max_lora_rank=self.config.adapters.max_lora_rank,
             clock=self._clock,
@@ -603,8 +606,7 @@ class Runtime:
         async with AsyncExitStack() as holds:
             if not self._is_resident(model):
                 await holds.enter_async_context(self._learning.held(str(model)))
-            background = Background(served.engine, self._clock)
-            found = await background.score(self._resolve(model), prompt, completion)
+            found = await served.background.score(self._resolve(model), prompt, completion)
         return tuple(token.logprob for token in found)
 
     @property

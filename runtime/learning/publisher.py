@@ -243,14 +243,24 @@ class Publisher:
 
 
 def _longest(paths: list[tuple[int, ...]], max_tokens: int) -> list[tuple[int, ...]]:
-    """The first of `paths` up to `max_tokens`, without those that are the beginning of another."""
+    """The first of `paths` up to `max_tokens`, without those that are the beginning of another.
+
+    What several share at their beginnings is computed once, and counts once.
+    """
     chosen: list[tuple[int, ...]] = []
     room = max_tokens
     for path in paths:
-        if any(known[: len(path)] == path for known in chosen):
+        new = len(path) - max((_shared(path, known) for known in chosen), default=0)
+        if not new:
             continue
-        if len(path) > room:
+        if new > room:
             break
-        room -= len(path)
+        room -= new
         chosen.append(path)
     return chosen
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

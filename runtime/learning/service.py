@@ -17,7 +17,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from ...streams.lane import Lane
-from ..background import Background
 from ..errors import ConfigError, DrainingError, NotFoundError, RequestError, StorageError
 from ..lora import read_lora
 from .examiner import Examiner
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from ...cache.manager import KVCacheManager
     from ..adapters import AdapterStore
+    from ..background import Background
     from ..engine import Engine
     from ..loading import LoadedModel
     from ..lora import LoraWeights
@@ -83,7 +83,7 @@ class LearningService:
         loaded: the model.
         codec: its tokenizer.
         adapters: in which `served_name` and `config.adapters` are learned names.
-        cache, engine: of the runtime.
+        cache, engine, background: of the runtime.
         device: of the training lane.
         max_lora_rank: highest rank that a slot takes.
         clock: seconds, monotonic.
@@ -101,6 +101,7 @@ class LearningService:
         adapters: AdapterStore,
         cache: KVCacheManager,
         engine: Engine,
+        background: Background,
         device: torch.device,
         max_lora_rank: int,
         clock: Callable[[], float],
@@ -120,7 +121,7 @@ class LearningService:
             if config.state_dir is not None
             else StateDirectory.default(served_name)
         )
-        self.background = Background(engine, clock)
+        self.background = background
         self.safepoints = Safepoints()
         self._max_length = min(
             config.training.max_length or engine.max_model_len, engine.max_model_len

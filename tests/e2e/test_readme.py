@@ -26,7 +26,7 @@ def python_block(containing: str) -> str:
 
 
 async def test_the_embedded_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    example = python_block("async with Runtime")
+    example = python_block("async with Runtime(model=None")
     source = "async def example():\n" + textwrap.indent(example, "    ") + "    return r, r2\n"
     imports = "from cotune import Runtime, SamplingParams"
     names: dict[str, Any] = {}
@@ -39,6 +39,17 @@ async def test_the_embedded_example_answers(capsys: pytest.CaptureFixture[str]) 
     assert first.timings.ttft_s > 0
     assert len(first.timings.tbt_s) == first.usage.completion_tokens - 1
     assert second.usage.completion_tokens <= 16
+
+
+async def test_the_learning_example_stores_what_it_says() -> None:
+    example = python_block("async with Runtime(learning=True)")
+    body = example.replace("    rt.learning()", "    learning = rt.learning()\n    rt.learning()")
+    source = "async def example():\n" + textwrap.indent(body, "    ") + "    return learning\n"
+    names: dict[str, Any] = {}
+    exec(compile(source, "README.md", "exec"), names)
+    learning = await names["example"]()
+    assert learning.events == {"rating": 1, "edit": 1, "preference": 1}
+    assert learning.adapters[0].live_version == 0
 
 
 async def test_the_openai_example_streams(capsys: pytest.CaptureFixture[str]) -> None:
