@@ -184,14 +184,19 @@ class Learner:
 
     async def _score(self, sample: Sample) -> tuple[float, ...] | str:
         """Its reference log-probabilities, or why there are none."""
-        try:
-            logps = await self._examiner.reference(sample)
-        except DrainingError:
-            raise
-        except CotuneError as error:
-            log.warning("sample %d cannot be used: %s", sample.key, error)
-            return error.code or "unscorable"
-        return logps if all(math.isfinite(logp) for logp in logps) else "not_finite"
+        for is_last in (False, True):
+            try:
+                logps = await self._examiner.reference(sample)
+            except DrainingError:
+                raise
+            except CotuneError as error:
+                if isinstance(error, IterationError) and not is_last:
+                    continue  # another request of that iteration may have been the reason
+                log.warning("sample %d cannot be used: %s", sample.key, error)
+                return error.code or "unscorable"
+            else:
+                return logps if all(math.isfinite(logp) for logp in logps) else "not_finite"
+        raise AssertionError("the last try returns")
 
     async def _train(self) -> None:
         """Train, make candidates, publish."""

@@ -117,6 +117,7 @@ class FakeExaminer:
     def __init__(self) -> None:
         self.evaluated: list[str] = []
         self.failures: deque[Exception] = deque()
+        self.unscorable: dict[int, list[Exception]] = {}
         self.before_answer: Any = None
 
     async def evaluate(self, version: Any, _samples: Sequence[Sample]) -> Evaluation:
@@ -131,8 +132,8 @@ class FakeExaminer:
         return ProbeScore(nll=1.0, entropy=1.0, repetition=0.0)
 
     async def reference(self, sample: Sample) -> tuple[float, ...]:
-        if self.failures:
-            raise self.failures.popleft()
+        if failures := self.unscorable.get(sample.key):
+            raise failures.pop()
         return (-float(sample.key), -2.0)
 
     def forget(self, *, keep: Any) -> None:
@@ -444,11 +445,11 @@ async def test_references_are_computed_for_what_comes_and_what_has_none_is_refus
 ) -> None:
     async with school.running():
         school.store.unscored = {1: pair(1, ready=False), 2: pair(2, ready=False)}
-        school.examiner.failures.append(IterationError("bad logits", code="step_failed"))
+        bad = IterationError("the logits are not finite", code="step_failed")
+        school.examiner.unscorable = {1: [bad, bad], 2: [bad]}  # 2 met it in an iteration with 1
         school.store.change()
         await school.until(lambda: not school.store.unscored)
-    assert len(school.store.refused) == 1
-    assert set(school.store.refused.values()) == {"step_failed"}
+    assert school.store.refused == {1: "step_failed"}
     (sample,) = school.store.training.values()
     assert sample.is_ready
 
