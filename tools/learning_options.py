@@ -128,6 +128,13 @@ _GATE = (
         "SHARE",
         "share of prompts that candidates are judged by, never trained on",
     ),
+    _Flag(
+        "--held-out-half-life",
+        "gate.half_life",
+        int,
+        "N",
+        "counts half as much when this many held-out samples have come after",
+    ),
     _Flag("--min-held-out", "gate.min_held_out", int, "N", "fewer, and nothing is published"),
     _Flag("--max-held-out", "gate.max_held_out", int, "N", "most recent ones that are asked"),
     _Flag("--candidate-steps", "gate.candidate_steps", int, "N", "optimizer steps per candidate"),

@@ -140,6 +140,8 @@ class GateConfig:
     """Share of prompts whose feedback is never trained on; (0, 1). Chosen by a stable hash."""
     max_held_out: int = 96
     """Most recent held-out samples that a candidate is compared on."""
+    half_life: int = 20
+    """A held-out sample counts half as much when this many have come after it."""
     min_held_out: int = 8
     """Fewer than these and nothing is published."""
     candidate_steps: int = 20
@@ -172,6 +174,7 @@ class GateConfig:
             is_open_above=True,
         )
         _check("gate.max_held_out", self.max_held_out, 1)
+        _check("gate.half_life", self.half_life, 1)
         _check("gate.min_held_out", self.min_held_out, 1)
         if self.min_held_out > self.max_held_out:
             raise _wrong("gate.min_held_out", self.min_held_out, "use at most gate.max_held_out")

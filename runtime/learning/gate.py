@@ -44,8 +44,10 @@ Whose samples count how much
 - *Everyone is asked*: the samples that a version is evaluated on, which cost a forward each, are
   chosen evenly over sources (`choose_held_out`). Of the most recent alone, a flood would leave none
   but its own.
-- *The recent count more*: half as much every `max_held_out` / 2 samples back. Wishes change. (A
-  source that fills more than its share, see below, ages others only by its share.)
+- *The recent count more*: half as much every `half_life` samples back. Wishes change, and a new
+  subject begins with few samples: weighed like all others, it would be outvoted by what was wanted
+  before until it is nearly over. (A source that fills more than its share, see below, ages others
+  only by its share.)
 - *Who contradicts himself is believed on his latest word*. Where the live version agreed with a
   source's earlier samples and is turned down by its later ones, beyond chance, the earlier ones no
   longer count. Otherwise a reversal of wishes would be outvoted for long by what they were. Only
@@ -470,21 +472,21 @@ def _weights(samples: Sequence[_Compared], config: GateConfig) -> list[float]:
     sources = [sample.source for sample in samples]
     among = set(sources)
     share = max(LARGEST_SHARE, 1 / max(len(among), 1))
-    least = config.min_held_out
 
-    def cap(weights: list[float]) -> list[float]:
+    def cap(weights: list[float], least: float) -> list[float]:
         if len(rated) == 2:
             weights = _capped(weights, kinds, 1 / 2, least, among=rated)
         return _capped(weights, sources, share, least, among=among)
 
     # Age is counted in weight, not in samples: a flood must not make the others' samples old.
-    weights = cap([1.0] * len(samples))
-    half_life = max(config.max_held_out / 2, 1.0)
+    weights = cap([1.0] * len(samples), config.min_held_out)
+    before = math.fsum(weights)
     age = 0.0
     for i in reversed(range(len(weights))):
         age += weights[i]
-        weights[i] *= 0.5 ** (age / half_life)
-    return cap(weights)
+        weights[i] *= 0.5 ** (age / config.half_life)
+    # What a source is left with in any case has aged as much as all the others.
+    return cap(weights, config.min_held_out * math.fsum(weights) / max(before, 1e-9))
 
 
 def _capped(

@@ -54,7 +54,7 @@ REFERENCE_BATCH = 16
 """Samples whose reference log-probabilities are written together."""
 REFRESH_INTERVAL_S = 1.0
 """While it trains, a learner looks for new samples this often."""
-MAX_UNDECIDED = 3
+MAX_UNDECIDED = 10
 """Candidates in a row that the gate may leave undecided before they count as refused."""
 
 
