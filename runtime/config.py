@@ -235,7 +235,7 @@ class RuntimeConfig:
             )
         if self.learning.enabled and self.learning.training.lora_rank > self.adapters.max_lora_rank:
             raise _wrong(
-                "training.lora_rank",
+                "learning.training.lora_rank",
                 self.learning.training.lora_rank,
                 f"use at most adapters.max_lora_rank, {self.adapters.max_lora_rank}",
             )

@@ -879,8 +879,7 @@ class Engine:
             _check(unfinished == request.unfinished, f"unfinished of {request.id}")
         _check(held == self._held, "held siblings")
         unstarted = sum(
-            not (request.is_started or request.is_background)
-            for request in self._requests.values()
+            not (request.is_started or request.is_background) for request in self._requests.values()
         )
         _check(unstarted == self._unstarted, "requests that were not started")
         statistics = self._cache.statistics()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cotune.runtime.learning.batches import Group, pack
 from cotune.runtime.learning.samples import PreferencePair, RatedCompletion, Sample, TokenIds
+from cotune.runtime.training.batches import Group, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

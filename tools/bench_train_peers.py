@@ -90,10 +90,10 @@ def run_cotune(directory: str, pairs: Pairs, channel: _Channel) -> None:
     model = _load(directory).requires_grad_(False)
 
     def part(name: str) -> Any:
-        return importlib.import_module(f"cotune.runtime.learning.{name}")
+        return importlib.import_module(f"cotune.runtime.{name}")
 
-    safepoints = part("safepoints").Safepoints()
-    config = part("config").TrainingConfig(
+    safepoints = part("training.safepoints").Safepoints()
+    config = part("learning.config").TrainingConfig(
         learning_rate=LEARNING_RATE,
         warmup_steps=0,
         lora_rank=RANK,
@@ -101,13 +101,13 @@ def run_cotune(directory: str, pairs: Pairs, channel: _Channel) -> None:
         beta=BETA,
         batch_size=len(pairs),
     )
-    trainer = part("trainer").Trainer(
+    trainer = part("training.trainer").Trainer(
         model, config, safepoints=safepoints, base_name=directory, max_length=4096
     )
-    tree = part("tree").TrainingTree(
+    tree = part("training.tree").TrainingTree(
         model, rank=RANK, alpha=ALPHA, target_modules="all-linear", seed=0, safepoints=safepoints
     )
-    batches = part("batches")
+    batches = part("training.batches")
     groups = [
         batches.Group(prompt_ids=tuple(prompt), completions=(tuple(chosen), tuple(rejected)))
         for prompt, chosen, rejected in pairs
@@ -120,7 +120,7 @@ def run_cotune(directory: str, pairs: Pairs, channel: _Channel) -> None:
         ]
     del tree
     samples = [
-        part("samples").PreferencePair(
+        part("learning.samples").PreferencePair(
             key=key,
             adapter="bench",
             source="bench",

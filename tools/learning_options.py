@@ -6,7 +6,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from ..runtime.learning.config import LOSSES, LearningConfig
 
 
 class _Flag(NamedTuple):
-    """`setting` is "group.field"; the default is the config's own."""
+    """`setting` is "learning.group.field"; the default is the config's own."""
 
     flag: str
     setting: str
@@ -27,94 +27,160 @@ class _Flag(NamedTuple):
 _FEEDBACK = (
     _Flag(
         "--response-retention-s",
-        "feedback.response_retention_s",
+        "learning.feedback.response_retention_s",
         float,
         "S",
         "how long an answer can be rated",
     ),
     _Flag(
         "--max-responses",
-        "feedback.max_responses",
+        "learning.feedback.max_responses",
         int,
         "N",
         "most answers that are kept for rating",
     ),
     _Flag(
         "--feedback-retention-s",
-        "feedback.event_retention_s",
+        "learning.feedback.event_retention_s",
         float,
         "S",
         "how long feedback is kept",
     ),
     _Flag(
         "--feedback-quota",
-        "feedback.quota_events",
+        "learning.feedback.quota_events",
         int,
         "N",
         "most events that one source may send within --feedback-quota-window-s",
     ),
-    _Flag("--feedback-quota-window-s", "feedback.quota_window_s", float, "S", "see there"),
+    _Flag(
+        "--max-pending-feedback",
+        "learning.feedback.max_pending",
+        int,
+        "N",
+        "most events that wait for the disk; further ones are refused",
+    ),
+    _Flag("--feedback-quota-window-s", "learning.feedback.quota_window_s", float, "S", "see there"),
 )
 _TRAINING = (
-    _Flag("--loss", "training.loss", str, None, "loss of preference pairs", LOSSES),
-    _Flag("--beta", "training.beta", float, "B", "how firmly the reference is held to"),
+    _Flag("--loss", "learning.training.loss", str, None, "loss of preference pairs", LOSSES),
+    _Flag("--beta", "learning.training.beta", float, "B", "how firmly the reference is held to"),
     _Flag(
         "--label-smoothing",
-        "training.label_smoothing",
+        "learning.training.label_smoothing",
         float,
         "SHARE",
         "share of labels that are believed to be wrong, below 0.5",
     ),
-    _Flag("--sft-weight", "training.sft_weight", float, "W", "weight of likelihood of chosen"),
-    _Flag("--kl-weight", "training.kl_weight", float, "W", "KL leash to the last version"),
-    _Flag("--lora-rank", "training.lora_rank", int, "R", "rank of the adapter that is trained"),
-    _Flag("--lora-alpha", "training.lora_alpha", float, "A", "its output is scaled by A / R"),
+    _Flag(
+        "--sft-weight", "learning.training.sft_weight", float, "W", "weight of likelihood of chosen"
+    ),
+    _Flag("--kl-weight", "learning.training.kl_weight", float, "W", "KL leash to the last version"),
+    _Flag(
+        "--desirable-weight",
+        "learning.training.desirable_weight",
+        float,
+        "W",
+        "weight of answers that were liked",
+    ),
+    _Flag(
+        "--undesirable-weight",
+        "learning.training.undesirable_weight",
+        float,
+        "W",
+        "weight of answers that were disliked",
+    ),
+    _Flag(
+        "--lora-rank",
+        "learning.training.lora_rank",
+        int,
+        "R",
+        "rank of the adapter that is trained",
+    ),
+    _Flag(
+        "--lora-alpha", "learning.training.lora_alpha", float, "A", "its output is scaled by A / R"
+    ),
     _Flag(
         "--lora-targets",
-        "training.target_modules",
+        "learning.training.target_modules",
         str,
         "NAMES",
         "which linear layers, separated by commas",
     ),
-    _Flag("--learning-rate", "training.learning_rate", float, "LR", "of AdamW"),
-    _Flag("--warmup-steps", "training.warmup_steps", int, "N", "steps until the full rate"),
-    _Flag("--weight-decay", "training.weight_decay", float, "W", "of AdamW"),
-    _Flag("--max-grad-norm", "training.max_grad_norm", float, "NORM", "gradients are clipped to"),
-    _Flag("--batch-size", "training.batch_size", int, "N", "samples per optimizer step"),
-    _Flag("--batch-wait-s", "training.batch_wait_s", float, "S", "how long a partial one waits"),
+    _Flag("--learning-rate", "learning.training.learning_rate", float, "LR", "of AdamW"),
+    _Flag(
+        "--warmup-steps", "learning.training.warmup_steps", int, "N", "steps until the full rate"
+    ),
+    _Flag("--weight-decay", "learning.training.weight_decay", float, "W", "of AdamW"),
+    _Flag(
+        "--max-grad-norm",
+        "learning.training.max_grad_norm",
+        float,
+        "NORM",
+        "gradients are clipped to",
+    ),
+    _Flag("--batch-size", "learning.training.batch_size", int, "N", "samples per optimizer step"),
+    _Flag(
+        "--batch-wait-s",
+        "learning.training.batch_wait_s",
+        float,
+        "S",
+        "how long a partial one waits",
+    ),
+    _Flag(
+        "--checkpoint-steps",
+        "learning.training.checkpoint_steps",
+        int,
+        "N",
+        "optimizer steps between checkpoints",
+    ),
     _Flag(
         "--quantum-tokens",
-        "training.quantum_tokens",
+        "learning.training.quantum_tokens",
         int,
         "TOKENS",
         "most tokens of one forward or backward quantum",
     ),
     _Flag(
         "--max-training-length",
-        "training.max_length",
+        "learning.training.max_length",
         int,
         "TOKENS",
         "longer feedback is refused",
     ),
-    _Flag("--epochs", "training.epochs", int, "N", "how often new feedback is trained on"),
+    _Flag("--epochs", "learning.training.epochs", int, "N", "how often new feedback is trained on"),
     _Flag(
         "--replay-share",
-        "training.replay_share",
+        "learning.training.replay_share",
         float,
         "SHARE",
         "share of a batch that is earlier feedback",
     ),
     _Flag(
         "--replay-half-life",
-        "training.replay_half_life",
+        "learning.training.replay_half_life",
         int,
         "N",
         "replayed half as often when this many samples have come after",
     ),
-    _Flag("--buffer-size", "training.buffer_size", int, "N", "most recent samples in use"),
+    _Flag("--buffer-size", "learning.training.buffer_size", int, "N", "most recent samples in use"),
+    _Flag(
+        "--max-source-share",
+        "learning.training.max_source_share",
+        float,
+        "SHARE",
+        "most that one source may fill of a batch while others have samples",
+    ),
+    _Flag(
+        "--training-seed",
+        "learning.training.seed",
+        int,
+        "N",
+        "of the initial adapter and the order of samples",
+    ),
     _Flag(
         "--training-threads",
-        "training.threads",
+        "learning.training.threads",
         int,
         "N",
         "intra-op threads of the training lane on a CPU",
@@ -123,43 +189,81 @@ _TRAINING = (
 _GATE = (
     _Flag(
         "--held-out-share",
-        "gate.held_out_share",
+        "learning.gate.held_out_share",
         float,
         "SHARE",
         "share of prompts that candidates are judged by, never trained on",
     ),
     _Flag(
         "--held-out-half-life",
-        "gate.half_life",
+        "learning.gate.half_life",
         int,
         "N",
         "counts half as much when this many held-out samples have come after",
     ),
-    _Flag("--min-held-out", "gate.min_held_out", int, "N", "fewer, and nothing is published"),
-    _Flag("--max-held-out", "gate.max_held_out", int, "N", "most recent ones that are asked"),
-    _Flag("--candidate-steps", "gate.candidate_steps", int, "N", "optimizer steps per candidate"),
+    _Flag(
+        "--min-held-out", "learning.gate.min_held_out", int, "N", "fewer, and nothing is published"
+    ),
+    _Flag(
+        "--max-held-out", "learning.gate.max_held_out", int, "N", "most recent ones that are asked"
+    ),
+    _Flag(
+        "--candidate-steps",
+        "learning.gate.candidate_steps",
+        int,
+        "N",
+        "optimizer steps per candidate",
+    ),
+    _Flag(
+        "--candidate-wait-s",
+        "learning.gate.candidate_wait_s",
+        float,
+        "S",
+        "when no feedback is left, a candidate is made of fewer after this",
+    ),
     _Flag(
         "--gate-confidence-z",
-        "gate.confidence_z",
+        "learning.gate.confidence_z",
         float,
         "Z",
         "standard errors by which a candidate must be better",
     ),
     _Flag(
         "--max-probe-increase",
-        "gate.max_probe_increase",
+        "learning.gate.max_probe_increase",
         float,
         "NATS",
         "most that the loss on ordinary text may rise, per token",
     ),
     _Flag(
+        "--min-entropy-ratio",
+        "learning.gate.min_entropy_ratio",
+        float,
+        "SHARE",
+        "least entropy on it, of the base model's",
+    ),
+    _Flag(
+        "--max-repetition",
+        "learning.gate.max_repetition",
+        float,
+        "SHARE",
+        "most repeated 4-grams beyond the base model's",
+    ),
+    _Flag(
+        "--max-chosen-drop",
+        "learning.gate.max_chosen_drop",
+        float,
+        "NATS",
+        "most that chosen answers may lose against the base model, per token",
+    ),
+    _Flag(
         "--probe-file",
-        "gate.probe_file",
+        "learning.gate.probe_file",
         Path,
         "FILE",
         "ordinary text for that, paragraphs separated by empty lines",
     ),
-    _Flag("--keep-versions", "gate.keep_versions", int, "N", "versions kept on disk"),
+    _Flag("--keep-versions", "learning.gate.keep_versions", int, "N", "versions kept on disk"),
 )
 _TITLES = {
     "feedback (with --learning)": _FEEDBACK,
@@ -172,7 +276,9 @@ FLAG_OF_LEARNING_SETTING = {
     "learning.enabled": "--learning",
     "learning.state_dir": "--state-dir",
     "learning.adapters": "--learning-adapters",
-    "feedback.record_responses": "--record-responses",
+    "learning.feedback.record_responses": "--record-responses",
+    "learning.train": "--training",
+    "learning.warm_prefixes": "--warm-prefixes",
 }
 """Which flag sets a setting of learning, for errors about the setting."""
 
@@ -208,6 +314,12 @@ def add_learning_arguments(parser: argparse.ArgumentParser, *, default: bool) ->
         help="keep answers so that they can be rated by id (on)",
     )
     learning.add_argument(
+        "--warm-prefixes",
+        action=argparse.BooleanOptionalAction,
+        default=config.warm_prefixes,
+        help="prefill the prefixes in use under a new version before it goes live (on)",
+    )
+    learning.add_argument(
         "--training",
         action=argparse.BooleanOptionalAction,
         default=config.train,
@@ -219,7 +331,6 @@ def add_learning_arguments(parser: argparse.ArgumentParser, *, default: bool) ->
             value = _default(config, flag.setting)
             group.add_argument(
                 flag.flag,
-                dest=_dest(flag.setting),
                 type=flag.type,
                 default=value,
                 metavar=flag.metavar,
@@ -231,40 +342,36 @@ def add_learning_arguments(parser: argparse.ArgumentParser, *, default: bool) ->
 def learning_config(args: argparse.Namespace) -> LearningConfig:
     """The settings from the flags of `add_learning_arguments`; not validated yet."""
     config = LearningConfig()
-    changed = {}
-    for name in ("feedback", "training", "gate"):
-        group = getattr(config, name)
-        given = {
-            field.name: getattr(args, _dest(f"{name}.{field.name}"))
-            for field in fields(group)
-            if hasattr(args, _dest(f"{name}.{field.name}"))
-        }
-        changed[name] = replace(group, **given)
-    changed["feedback"] = replace(changed["feedback"], record_responses=args.record_responses)
+    given: dict[str, dict[str, Any]] = {
+        "feedback": {"record_responses": args.record_responses},
+        "training": {},
+        "gate": {},
+    }
+    for flag in (flag for flags in _TITLES.values() for flag in flags):
+        _, group, field = flag.setting.split(".")
+        given[group][field] = getattr(args, flag.flag.removeprefix("--").replace("-", "_"))
+    changed = {group: replace(getattr(config, group), **values) for group, values in given.items()}
     return replace(
         config,
         enabled=args.learning,
         state_dir=args.state_dir,
         adapters=tuple(args.learning_adapters),
         train=args.training,
+        warm_prefixes=args.warm_prefixes,
         **changed,
     )
 
 
-def _dest(setting: str) -> str:
-    return f"learning_{setting.replace('.', '_')}"
-
-
 def _default(config: LearningConfig, setting: str) -> Any:
-    group, field = setting.split(".")
+    _, group, field = setting.split(".")
     return getattr(getattr(config, group), field)
 
 
 def _shown(setting: str, value: object) -> str:
     if value is None:
         return {
-            "feedback.event_retention_s": "for ever",
-            "training.max_length": "the context length",
-            "gate.probe_file": "the one that comes with cotune",
+            "learning.feedback.event_retention_s": "for ever",
+            "learning.training.max_length": "the context length",
+            "learning.gate.probe_file": "the one that comes with cotune",
         }[setting]
     return f"{value:g}" if isinstance(value, float) else str(value)

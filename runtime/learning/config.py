@@ -38,13 +38,15 @@ class FeedbackConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` at the first wrong field."""
-        _check("feedback.response_retention_s", self.response_retention_s, 0.0, is_open=True)
-        _check("feedback.max_responses", self.max_responses, 1)
+        _check(
+            "learning.feedback.response_retention_s", self.response_retention_s, 0.0, is_open=True
+        )
+        _check("learning.feedback.max_responses", self.max_responses, 1)
         if self.event_retention_s is not None:
-            _check("feedback.event_retention_s", self.event_retention_s, 0.0, is_open=True)
-        _check("feedback.quota_events", self.quota_events, 1)
-        _check("feedback.quota_window_s", self.quota_window_s, 0.0, is_open=True)
-        _check("feedback.max_pending", self.max_pending, 1)
+            _check("learning.feedback.event_retention_s", self.event_retention_s, 0.0, is_open=True)
+        _check("learning.feedback.quota_events", self.quota_events, 1)
+        _check("learning.feedback.quota_window_s", self.quota_window_s, 0.0, is_open=True)
+        _check("learning.feedback.max_pending", self.max_pending, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,29 +109,31 @@ class TrainingConfig:
     def validate(self) -> None:
         """Raise `ConfigError` at the first wrong field."""
         if self.loss not in LOSSES:
-            raise _wrong("training.loss", self.loss, f"use one of {', '.join(LOSSES)}")
-        _check("training.beta", self.beta, 0.0, is_open=True)
-        _check("training.label_smoothing", self.label_smoothing, 0.0, 0.5, is_open_above=True)
+            raise _wrong("learning.training.loss", self.loss, f"use one of {', '.join(LOSSES)}")
+        _check("learning.training.beta", self.beta, 0.0, is_open=True)
+        _check(
+            "learning.training.label_smoothing", self.label_smoothing, 0.0, 0.5, is_open_above=True
+        )
         for name in ("sft_weight", "kl_weight", "desirable_weight", "undesirable_weight"):
-            _check(f"training.{name}", getattr(self, name), 0.0)
-        _check("training.lora_rank", self.lora_rank, 1)
-        _check("training.lora_alpha", self.lora_alpha, 0.0, is_open=True)
-        _check("training.learning_rate", self.learning_rate, 0.0, is_open=True)
-        _check("training.warmup_steps", self.warmup_steps, 0)
-        _check("training.weight_decay", self.weight_decay, 0.0)
-        _check("training.max_grad_norm", self.max_grad_norm, 0.0, is_open=True)
-        _check("training.batch_size", self.batch_size, 1)
-        _check("training.batch_wait_s", self.batch_wait_s, 0.0)
-        _check("training.checkpoint_steps", self.checkpoint_steps, 1)
-        _check("training.quantum_tokens", self.quantum_tokens, 1)
+            _check(f"learning.training.{name}", getattr(self, name), 0.0)
+        _check("learning.training.lora_rank", self.lora_rank, 1)
+        _check("learning.training.lora_alpha", self.lora_alpha, 0.0, is_open=True)
+        _check("learning.training.learning_rate", self.learning_rate, 0.0, is_open=True)
+        _check("learning.training.warmup_steps", self.warmup_steps, 0)
+        _check("learning.training.weight_decay", self.weight_decay, 0.0)
+        _check("learning.training.max_grad_norm", self.max_grad_norm, 0.0, is_open=True)
+        _check("learning.training.batch_size", self.batch_size, 1)
+        _check("learning.training.batch_wait_s", self.batch_wait_s, 0.0)
+        _check("learning.training.checkpoint_steps", self.checkpoint_steps, 1)
+        _check("learning.training.quantum_tokens", self.quantum_tokens, 1)
         if self.max_length is not None:
-            _check("training.max_length", self.max_length, 2)
-        _check("training.epochs", self.epochs, 1)
-        _check("training.replay_share", self.replay_share, 0.0, 1.0, is_open_above=True)
-        _check("training.replay_half_life", self.replay_half_life, 1)
-        _check("training.buffer_size", self.buffer_size, 1)
-        _check("training.max_source_share", self.max_source_share, 0.0, 1.0, is_open=True)
-        _check("training.threads", self.threads, 1)
+            _check("learning.training.max_length", self.max_length, 2)
+        _check("learning.training.epochs", self.epochs, 1)
+        _check("learning.training.replay_share", self.replay_share, 0.0, 1.0, is_open_above=True)
+        _check("learning.training.replay_half_life", self.replay_half_life, 1)
+        _check("learning.training.buffer_size", self.buffer_size, 1)
+        _check("learning.training.max_source_share", self.max_source_share, 0.0, 1.0, is_open=True)
+        _check("learning.training.threads", self.threads, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,25 +170,29 @@ class GateConfig:
     def validate(self) -> None:
         """Raise `ConfigError` at the first wrong field."""
         _check(
-            "gate.held_out_share",
+            "learning.gate.held_out_share",
             self.held_out_share,
             0.0,
             1.0,
             is_open=True,
             is_open_above=True,
         )
-        _check("gate.max_held_out", self.max_held_out, 1)
-        _check("gate.half_life", self.half_life, 1)
-        _check("gate.min_held_out", self.min_held_out, 1)
+        _check("learning.gate.max_held_out", self.max_held_out, 1)
+        _check("learning.gate.half_life", self.half_life, 1)
+        _check("learning.gate.min_held_out", self.min_held_out, 1)
         if self.min_held_out > self.max_held_out:
-            raise _wrong("gate.min_held_out", self.min_held_out, "use at most gate.max_held_out")
-        _check("gate.candidate_steps", self.candidate_steps, 1)
-        _check("gate.candidate_wait_s", self.candidate_wait_s, 0.0)
+            raise _wrong(
+                "learning.gate.min_held_out",
+                self.min_held_out,
+                "use at most learning.gate.max_held_out",
+            )
+        _check("learning.gate.candidate_steps", self.candidate_steps, 1)
+        _check("learning.gate.candidate_wait_s", self.candidate_wait_s, 0.0)
         for name in ("confidence_z", "max_probe_increase", "max_chosen_drop"):
-            _check(f"gate.{name}", getattr(self, name), 0.0)
-        _check("gate.min_entropy_ratio", self.min_entropy_ratio, 0.0, 1.0)
-        _check("gate.max_repetition", self.max_repetition, 0.0, 1.0)
-        _check("gate.keep_versions", self.keep_versions, 1)
+            _check(f"learning.gate.{name}", getattr(self, name), 0.0)
+        _check("learning.gate.min_entropy_ratio", self.min_entropy_ratio, 0.0, 1.0)
+        _check("learning.gate.max_repetition", self.max_repetition, 0.0, 1.0)
+        _check("learning.gate.keep_versions", self.keep_versions, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

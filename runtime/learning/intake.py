@@ -285,7 +285,7 @@ class Intake:
             raise ContextLengthError(
                 f"{param}: prompt {len(prompt_ids)} tokens + answer {len(completion_ids)} exceeds "
                 f"the training length {self._max_length}; shorten them, or serve with a larger "
-                "training.max_length",
+                "learning.training.max_length",
                 param=param,
                 code="too_long_to_train",
             )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ...streams.lane import Lane
     from ..adapters import AdapterStore
+    from ..training.trainer import StepReport, Trainer, TrainerState
     from .config import LearningConfig
     from .examiner import Examiner
     from .gate import Verdict
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from .samples import Sample
     from .status import Phase
     from .store import FeedbackStore
-    from .trainer import StepReport, Trainer, TrainerState
     from .versions import VersionRecord, VersionStore
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ class Quota:
             wait_s = times[0] + self._window_s - now_s
             raise OverloadedError(
                 f"source {source!r} has sent {len(times)} events in the last "
-                f"{self._window_s:g} s, as many as feedback.quota_events allows; "
+                f"{self._window_s:g} s, as many as learning.feedback.quota_events allows; "
                 f"send this one again in {wait_s:.1f} s",
                 retry_after_s=wait_s,
                 code="quota_exceeded",

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Self
 from ...streams.lane import Lane
 from ..errors import ConfigError, DrainingError, NotFoundError, RequestError, StorageError
 from ..lora import read_lora
+from ..training.safepoints import Safepoints
 from .examiner import Examiner
 from .intake import Intake
 from .learner import Learner
 from .probe import read_probe
 from .publisher import Publisher
-from .safepoints import Safepoints
 from .sqlite_store import SqliteBackend
 from .state_directory import StateDirectory
 from .status import LearningStatus
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from ..loading import LoadedModel
     from ..lora import LoraWeights
     from ..tokenization import TextCodec
+    from ..training.trainer import Trainer
     from ..types import AdapterVersion, Message, Response, SamplingParams
     from .config import LearningConfig
     from .events import Acknowledgement, FeedbackEvent
     from .store import NewSample
-    from .trainer import Trainer
     from .versions import VersionRecord
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class LearningService:
 
     def _make_trainer(self) -> Trainer:
         """On the training lane."""
-        from .trainer import Trainer  # brings peft, which takes seconds to import
+        from ..training.trainer import Trainer  # brings peft, which takes seconds to import
 
         return Trainer(
             self._loaded.model,

@@ -452,7 +452,7 @@ class FeedbackStore:
                 raise NotFoundError(
                     f"response_id is {response_id!r}, and no response of this id is recorded; "
                     f"responses can be rated for {self._config.response_retention_s:g} s "
-                    "(feedback.response_retention_s) unless recording is off",
+                    "(learning.feedback.response_retention_s) unless recording is off",
                     param="response_id",
                     code="response_not_found",
                 )
@@ -708,7 +708,7 @@ class FeedbackStore:
             if is_bounded and len(self._queue) >= self._config.max_pending:
                 raise OverloadedError(
                     f"{len(self._queue)} events wait to be written, as many as "
-                    "feedback.max_pending allows; send this one again",
+                    "learning.feedback.max_pending allows; send this one again",
                     code="feedback_queue_full",
                 )
             self._queue.append(operation)

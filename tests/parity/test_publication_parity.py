@@ -21,8 +21,8 @@ from cotune import BASE, AdapterVersion, Runtime, SamplingParams
 from cotune.runtime.errors import ConflictError, NotFoundError
 from cotune.runtime.executor import Executor
 from cotune.runtime.learning.config import LearningConfig
-from cotune.runtime.learning.safepoints import Safepoints
-from cotune.runtime.learning.tree import TrainingTree
+from cotune.runtime.training.safepoints import Safepoints
+from cotune.runtime.training.tree import TrainingTree
 from oracle import TOLERANCES, Oracle
 from publications import Publications, manifest
 from step_spy import StepSpy

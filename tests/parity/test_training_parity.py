@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from cotune.runtime.learning.config import TrainingConfig
-from cotune.runtime.learning.safepoints import Safepoints
 from cotune.runtime.learning.samples import PreferencePair, RatedCompletion, Sample
-from cotune.runtime.learning.trainer import StepReport, Trainer
+from cotune.runtime.training.safepoints import Safepoints
+from cotune.runtime.training.trainer import StepReport, Trainer
 from tiny_models import quiet_transformers, tiny_model, tiny_tokenizer
 from training_samples import random_pair, random_rated, randomize_lora, with_references
 

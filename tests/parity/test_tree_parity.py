@@ -13,10 +13,10 @@ import peft
 import pytest
 import torch
 
-from cotune.runtime.learning import attention, head
-from cotune.runtime.learning.batches import Group, pack
-from cotune.runtime.learning.safepoints import Safepoints
-from cotune.runtime.learning.tree import TrainingTree
+from cotune.runtime.training import attention, head
+from cotune.runtime.training.batches import Group, pack
+from cotune.runtime.training.safepoints import Safepoints
+from cotune.runtime.training.tree import TrainingTree
 from tiny_models import FAMILIES, VOCAB_SIZE, quiet_transformers, tiny_model
 
 RANK, ALPHA = 4, 8.0

@@ -25,9 +25,9 @@ from cotune.runtime.learning.gate import Evaluation, ProbeScore, Verdict
 from cotune.runtime.learning.learner import Learner
 from cotune.runtime.learning.publisher import Publisher
 from cotune.runtime.learning.samples import PreferencePair
-from cotune.runtime.learning.trainer import Quantum, StepReport, TrainerState
 from cotune.runtime.learning.versions import VersionStore
 from cotune.runtime.lora import LoraPair, LoraWeights
+from cotune.runtime.training.trainer import Quantum, StepReport, TrainerState
 from engine_fakes import InlineLane
 
 if TYPE_CHECKING:

@@ -258,9 +258,9 @@ def _check_targets(model: Any, names: list[str], given: str) -> None:
         found = [m for path, m in modules if name and (path == name or path.endswith(f".{name}"))]
         if not found or any(m is head or not isinstance(m, nn.Linear) for m in found):
             raise ConfigError(
-                f"training.target_modules is {given!r}, and {name!r} is no linear layer that can "
-                f'be adapted; use "all-linear" or some of {", ".join(linears)}',
-                param="training.target_modules",
+                f"learning.training.target_modules is {given!r}, and {name!r} is no linear layer "
+                f'that can be adapted; use "all-linear" or some of {", ".join(linears)}',
+                param="learning.training.target_modules",
                 code="invalid_config",
             )
 

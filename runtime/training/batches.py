@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .samples import TokenIds  # noqa: TC001 - dataclass fields are inspected at run time
+from ..learning.samples import TokenIds  # noqa: TC001 - dataclass fields are inspected at run time
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

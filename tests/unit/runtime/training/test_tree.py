@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cotune.runtime.errors import ConfigError
-from cotune.runtime.learning.batches import Group, PackedGroups, pack
-from cotune.runtime.learning.safepoints import Safepoints
-from cotune.runtime.learning.tree import TrainingTree
 from cotune.runtime.lora import read_lora
+from cotune.runtime.training.batches import Group, PackedGroups, pack
+from cotune.runtime.training.safepoints import Safepoints
+from cotune.runtime.training.tree import TrainingTree
 from tiny_models import FAMILIES, tiny_model, with_peft_adapter
 
 if TYPE_CHECKING:
@@ -237,4 +237,4 @@ def test_a_held_safepoint_stops_the_training_thread_until_it_is_released() -> No
 def test_targets_that_are_no_adaptable_linears_are_refused(targets: str) -> None:
     with pytest.raises(ConfigError, match=r"training\.target_modules.*q_proj") as caught:
         _tree(tiny_model("llama"), targets=targets)
-    assert caught.value.param == "training.target_modules"
+    assert caught.value.param == "learning.training.target_modules"

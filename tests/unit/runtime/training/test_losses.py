@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cotune.runtime.learning.config import LOSSES
-from cotune.runtime.learning.losses import (
+from cotune.runtime.training.losses import (
     PairLoss,
     kto_loss,
     kto_reference_point,

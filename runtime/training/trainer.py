@@ -25,20 +25,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from ..errors import AdapterLoadError, ConfigError
+from ..learning.samples import PreferencePair, RatedCompletion, Sample
 from ..lora import read_lora
 from .batches import Group, pack
 from .losses import kto_reference_point
 from .objective import BatchCounts, PartLoss, Tally, completions_of, part_loss
 from .optimizer import Optimizer
-from .samples import PreferencePair, RatedCompletion, Sample
 from .tree import TrainingTree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from ..learning.config import TrainingConfig
     from ..lora import LoraWeights
-    from .config import TrainingConfig
     from .safepoints import Safepoints
 
 logger = logging.getLogger(__name__)
@@ -343,7 +343,7 @@ class Trainer:
             name_a, name_b = (_LORA_NAME.format(module=module, matrix=m) for m in "AB")
             if name_a not in values:
                 raise AdapterLoadError(
-                    f"{path} adapts {module}, which training.target_modules "
+                    f"{path} adapts {module}, which learning.training.target_modules "
                     f"({self._config.target_modules!r}) does not; add it",
                     param="path",
                     code="adapter_refused",

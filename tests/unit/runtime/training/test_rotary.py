@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cotune.runtime.learning.rotary import rotate
+from cotune.runtime.training.rotary import rotate
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cotune.runtime.learning import attention
-from cotune.runtime.learning.attention import AttentionPlan, AttentionShape, attend
-from cotune.runtime.learning.batches import Group, pack
+from cotune.runtime.training import attention
+from cotune.runtime.training.attention import AttentionPlan, AttentionShape, attend
+from cotune.runtime.training.batches import Group, pack
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 6
 

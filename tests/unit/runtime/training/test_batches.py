@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cotune.runtime.learning.batches import Group, Segment, pack
+from cotune.runtime.training.batches import Group, Segment, pack
 
 
 def test_a_pair_is_laid_out_with_its_prompt_once() -> None:

@@ -12,9 +12,9 @@ import torch
 
 from cotune.runtime.errors import AdapterLoadError, ConfigError
 from cotune.runtime.learning.config import TrainingConfig
-from cotune.runtime.learning.safepoints import Safepoints
 from cotune.runtime.learning.samples import PreferencePair, Sample
-from cotune.runtime.learning.trainer import StepReport, Trainer, is_out_of_memory
+from cotune.runtime.training.safepoints import Safepoints
+from cotune.runtime.training.trainer import StepReport, Trainer, is_out_of_memory
 from tiny_models import quiet_transformers, save_lora, tiny_model
 from training_samples import packed_pair, random_pair, random_rated, randomize_lora, with_references
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.runtime.learning import head as head_module
-from cotune.runtime.learning.batches import Group, PackedGroups, pack
-from cotune.runtime.learning.head import ModelHead, PlainHead, completion_logps, find_head
+from cotune.runtime.training import head as head_module
+from cotune.runtime.training.batches import Group, PackedGroups, pack
+from cotune.runtime.training.head import ModelHead, PlainHead, completion_logps, find_head
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_config, tiny_model
 
 WIDTH = 64

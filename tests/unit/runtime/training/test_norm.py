@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cotune.runtime.learning import norm as norm_module
-from cotune.runtime.learning.norm import RmsNorm, find_norm
+from cotune.runtime.training import norm as norm_module
+from cotune.runtime.training.norm import RmsNorm, find_norm
 from tiny_models import tiny_model
 
 

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..learning.samples import PreferencePair, Sample, TokenIds
 from .losses import kto_loss, pair_loss
-from .samples import PreferencePair, Sample, TokenIds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .config import TrainingConfig
+    from ..learning.config import TrainingConfig
     from .tree import CompletionLogps
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cotune.runtime.learning.lora_linear import lora_linear
+from cotune.runtime.training.lora_linear import lora_linear
 
 
 def _plain(

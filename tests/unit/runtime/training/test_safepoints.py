@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cotune.runtime.learning.safepoints import Safepoints
+from cotune.runtime.training.safepoints import Safepoints
 
 
 class SignallingClock:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from cotune.runtime.learning.attention import ATTENTION, training_attention
-from cotune.runtime.learning.lean import make_lean
+from cotune.runtime.training.attention import ATTENTION, training_attention
+from cotune.runtime.training.lean import make_lean
 from tiny_models import FAMILIES, tiny_model
 
 

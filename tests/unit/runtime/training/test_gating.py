@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from cotune.runtime.learning import gating
-from cotune.runtime.learning.gating import Activation, find_activation, gated
+from cotune.runtime.training import gating
+from cotune.runtime.training.gating import Activation, find_activation, gated
 
 PLAIN: dict[Activation, nn.Module] = {
     "silu": nn.SiLU(),

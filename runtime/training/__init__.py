@@ -1,0 +1,1 @@
+"""One optimizer step on preference feedback, cut into quanta, over the parameters that serve."""
