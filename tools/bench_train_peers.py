@@ -96,6 +96,8 @@ def run_cotune(directory: str, pairs: Pairs, channel: _Channel) -> None:
     config = part("learning.config").TrainingConfig(
         learning_rate=LEARNING_RATE,
         warmup_steps=0,
+        weight_decay=0.0,
+        sft_weight=0.0,
         lora_rank=RANK,
         lora_alpha=ALPHA,
         beta=BETA,

@@ -371,6 +371,7 @@ def _shown(setting: str, value: object) -> str:
     if value is None:
         return {
             "learning.feedback.event_retention_s": "for ever",
+            "learning.training.learning_rate": "0.256 / the model's hidden size",
             "learning.training.max_length": "the context length",
             "learning.gate.probe_file": "the one that comes with cotune",
         }[setting]

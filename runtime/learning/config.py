@@ -55,11 +55,11 @@ class TrainingConfig:
 
     loss: str = "sigmoid"
     """Of preference pairs: sigmoid (DPO), robust, ipo or sigmoid_norm (length-normalised)."""
-    beta: float = 0.1
-    """DPO temperature: how firmly the reference is held to."""
+    beta: float = 0.5
+    """DPO temperature: how firmly the reference is held to. 0.1 is made for long answers."""
     label_smoothing: float = 0.0
     """Share of labels that are believed to be wrong; [0, 0.5). Used by sigmoid and robust."""
-    sft_weight: float = 0.0
+    sft_weight: float = 0.1
     """Weight of the mean negative log-likelihood of chosen completions, per token."""
     kl_weight: float = 0.0
     """Weight of the KL divergence to the last published version, per completion token."""
@@ -67,21 +67,21 @@ class TrainingConfig:
     """KTO: weight of completions rated +1."""
     undesirable_weight: float = 1.0
     """KTO: weight of completions rated -1."""
-    lora_rank: int = 8
+    lora_rank: int = 4
     """R of every adapted linear layer."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = 4.0
     """The adapter's output is scaled by alpha / R."""
     target_modules: str = "all-linear"
     """Which linear layers: "all-linear", or names separated by commas."""
-    learning_rate: float = 1e-3
-    """Of AdamW, after the warm-up."""
+    learning_rate: float | None = None
+    """Of AdamW, after the warm-up (None: 0.256 / the model's hidden size; 6e-5 for 4096)."""
     warmup_steps: int = 10
     """Optimizer steps over which the rate rises from 0."""
-    weight_decay: float = 0.0
-    """Of AdamW, decoupled."""
+    weight_decay: float = 5.0
+    """Of AdamW, decoupled: each step takes learning_rate times this share of the adapter away."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Samples per optimizer step."""
     batch_wait_s: float = 5.0
     """How long an incomplete batch of new samples waits for more, in seconds."""
@@ -91,7 +91,7 @@ class TrainingConfig:
     """Most tokens of one forward or backward quantum; a longer sample is a quantum of its own."""
     max_length: int | None = None
     """Most tokens of prompt plus completion that are trained on (None: the context length)."""
-    epochs: int = 4
+    epochs: int = 6
     """How often a sample is trained on as new, before it is left to replay."""
     replay_share: float = 0.25
     """Share of a batch that comes from earlier feedback, against forgetting; [0, 1)."""
@@ -118,7 +118,8 @@ class TrainingConfig:
             _check(f"learning.training.{name}", getattr(self, name), 0.0)
         _check("learning.training.lora_rank", self.lora_rank, 1)
         _check("learning.training.lora_alpha", self.lora_alpha, 0.0, is_open=True)
-        _check("learning.training.learning_rate", self.learning_rate, 0.0, is_open=True)
+        if self.learning_rate is not None:
+            _check("learning.training.learning_rate", self.learning_rate, 0.0, is_open=True)
         _check("learning.training.warmup_steps", self.warmup_steps, 0)
         _check("learning.training.weight_decay", self.weight_decay, 0.0)
         _check("learning.training.max_grad_norm", self.max_grad_norm, 0.0, is_open=True)

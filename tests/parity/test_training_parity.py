@@ -57,12 +57,9 @@ class Case:
         self.float64 = peft_model(self.model, torch.float64)
 
     def ours(self, **settings: Any) -> Trainer:
-        config = TrainingConfig(
-            **(
-                {"lora_rank": RANK, "lora_alpha": ALPHA, "quantum_tokens": 40, "beta": BETA}
-                | settings
-            )
-        )
+        plain = {"sft_weight": 0.0, "weight_decay": 0.0, "quantum_tokens": 40}
+        shape = {"lora_rank": RANK, "lora_alpha": ALPHA, "beta": BETA}
+        config = TrainingConfig(**(plain | shape | settings))
         trainer = Trainer(
             self.model, config, safepoints=Safepoints(), base_name="tiny", max_length=64
         )

@@ -50,8 +50,15 @@ def make_trainer(
     share_prompts: bool = True,
     **settings: Any,
 ) -> Trainer:
+    plain = {
+        "beta": 0.1,
+        "sft_weight": 0.0,
+        "weight_decay": 0.0,
+        "lora_rank": 4,
+        "lora_alpha": 16.0,
+    }
     config = TrainingConfig(
-        **({"lora_rank": 4, "warmup_steps": 3, "learning_rate": 5e-3} | settings)
+        **(plain | {"warmup_steps": 3, "learning_rate": 5e-3, "lora_rank": 4} | settings)
     )
     return Trainer(
         model,

@@ -1,0 +1,304 @@
+"""What became of a drift run: win rates with intervals, a table, a JSON file, a plot.
+
+A version *wins* a held-out pair if it prefers the chosen answer. Three ways to ask that:
+
+    sum        logp(chosen) > logp(rejected): which answer it would rather give, as a whole
+    per token  the same, divided by the number of tokens: not decided by which answer is longer
+    implicit   (logp - base's logp) of chosen > that of rejected: the implicit reward of DPO; what
+               training has changed. Of the base model all are equal: one half, by definition
+
+A tie is half a win. Intervals are Wilson's (1927), 95 %. Values only; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping  # noqa: TC003 - dataclass fields are inspected at run time
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, get_args
+
+from ..runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+Win: TypeAlias = Literal["sum", "per_token", "implicit"]
+WINS: Final[tuple[Win, ...]] = get_args(Win)
+WIN_WORDS: Final[Mapping[Win, str]] = {
+    "sum": "log-probability of the answer",
+    "per_token": "log-probability per token",
+    "implicit": "implicit reward",
+}
+Z_95: Final = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A share, and where it may lie with 95 % confidence."""
+
+    rate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairLogps:
+    """A version's log-probabilities of one held-out pair, summed over completion tokens."""
+
+    chosen: float
+    rejected: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseResult:
+    """How a version does on the held-out rows of one phase.
+
+    Attributes:
+        pairs: how many rows.
+        wins: how many it gets right, by definition of winning.
+        chosen_change, rejected_change: mean change of the log-probability per token against the
+            base model.
+    """
+
+    pairs: int
+    wins: Mapping[Win, float]
+    chosen_change: float
+    rejected_change: float
+
+    def interval(self, win: Win) -> Interval:
+        """The win rate."""
+        return wilson(self.wins[win], self.pairs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """One version, on the held-out rows of some phases.
+
+    Attributes:
+        version: its number; 0 is the base model.
+        live_at_s: when it was seen to be live first, in seconds since the start of the stream.
+        sent: events that had been sent by then.
+        phase: the phase of the stream at that time.
+        results: by phase.
+    """
+
+    version: int
+    live_at_s: float
+    sent: int
+    phase: int
+    results: Mapping[int, PhaseResult]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSpan:
+    """When a phase was.
+
+    Attributes:
+        name: of the phase.
+        start_s, end_s: of its first event, and the next phase's first (or the run's end).
+        start_sent, end_sent: events sent before it, and by its end.
+        live_at_start, live_at_end: numbers of the versions that were live then.
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+    start_sent: int
+    end_sent: int
+    live_at_start: int
+    live_at_end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSummary:
+    """One line of the table; rates are of the phase's own held-out rows.
+
+    Attributes:
+        name: of the phase.
+        pairs: held-out rows.
+        base: of the base model.
+        start: of the version that was live as the phase began.
+        best: the best that was live during the phase, or at its end.
+        end: of the version that was live as it ended.
+        is_above_base: whether the whole interval of `end` is above the base model's rate.
+        is_risen: whether `end` is above `start`.
+    """
+
+    name: str
+    pairs: int
+    base: Interval
+    start: Interval
+    best: Interval
+    end: Interval
+    is_above_base: bool
+    is_risen: bool
+
+
+def wilson(wins: float, pairs: int, z: float = Z_95) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927; Brown, Cai & DasGupta 2001).
+
+    Args:
+        wins: at most `pairs`; a tie may count as one half.
+        pairs: at least 1.
+        z: standard errors.
+    """
+    rate = wins / pairs
+    spread = z * z / pairs
+    centre = (rate + spread / 2) / (1 + spread)
+    reach = z * math.sqrt(rate * (1 - rate) / pairs + spread / (4 * pairs)) / (1 + spread)
+    return Interval(rate, centre - reach, centre + reach)
+
+
+def compare(version: Sequence[PairLogps], base: Sequence[PairLogps]) -> PhaseResult:
+    """Count the wins of a version, given its and the base model's log-probabilities of a phase.
+
+    Args:
+        version, base: the same pairs in the same order; the base model against itself is allowed.
+    """
+    wins: dict[Win, float] = dict.fromkeys(WINS, 0.0)
+    chosen_change = rejected_change = 0.0
+    for ours, theirs in zip(version, base, strict=True):
+        wins["sum"] += _win(ours.chosen - ours.rejected)
+        wins["per_token"] += _win(
+            ours.chosen / ours.chosen_tokens - ours.rejected / ours.rejected_tokens
+        )
+        wins["implicit"] += _win((ours.chosen - theirs.chosen) - (ours.rejected - theirs.rejected))
+        chosen_change += (ours.chosen - theirs.chosen) / ours.chosen_tokens
+        rejected_change += (ours.rejected - theirs.rejected) / ours.rejected_tokens
+    pairs = len(version)
+    return PhaseResult(
+        pairs=pairs,
+        wins=wins,
+        chosen_change=chosen_change / pairs,
+        rejected_change=rejected_change / pairs,
+    )
+
+
+def _win(margin: float) -> float:
+    return 0.5 if margin == 0 else float(margin > 0)
+
+
+def summarize(
+    spans: Sequence[PhaseSpan], evaluated: Iterable[Evaluated], win: Win
+) -> tuple[PhaseSummary, ...]:
+    """The table. Every version named by a span must have been evaluated on that phase."""
+    by_version = {entry.version: entry for entry in evaluated}
+
+    def rate(version: int, phase: int) -> Interval:
+        return by_version[version].results[phase].interval(win)
+
+    lines = []
+    for phase, span in enumerate(spans):
+        during = [
+            rate(entry.version, phase)
+            for entry in by_version.values()
+            if phase in entry.results
+            and entry.version
+            and span.start_s <= entry.live_at_s <= span.end_s
+        ]
+        start, end = rate(span.live_at_start, phase), rate(span.live_at_end, phase)
+        base = rate(0, phase)
+        lines.append(
+            PhaseSummary(
+                name=span.name,
+                pairs=by_version[0].results[phase].pairs,
+                base=base,
+                start=start,
+                best=max([start, end, *during], key=lambda interval: interval.rate),
+                end=end,
+                is_above_base=end.low > base.rate,
+                is_risen=end.rate > start.rate,
+            )
+        )
+    return tuple(lines)
+
+
+def table(lines: Sequence[PhaseSummary], win: Win) -> str:
+    """The summary for people."""
+    head = f"{'phase':20}{'n':>5}{'base':>7}{'start':>7}{'best':>7}{'end':>7}   95 % interval"
+    rows = [
+        f"{line.name:20.20}{line.pairs:5}{line.base.rate:7.2f}{line.start.rate:7.2f}"
+        f"{line.best.rate:7.2f}{line.end.rate:7.2f}   {line.end.low:.2f} to {line.end.high:.2f}"
+        f"{'  above base' if line.is_above_base else ''}"
+        for line in lines
+    ]
+    return "\n".join([f"held-out win rate by {WIN_WORDS[win]}", head, *rows])
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """The whole report, for programs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# -- the plot ------------------------------------------------------------------------------------
+
+
+def require_plots() -> None:
+    """Raise `ConfigError` if matplotlib is missing: before a long run, not after it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib, which is not installed; pip install 'cotune[plots]', or "
+            "leave --plot out: the JSON file holds the curves",
+            param="plot",
+        ) from error
+
+
+def plot(
+    path: Path, title: str, spans: Sequence[PhaseSpan], evaluated: Sequence[Evaluated], win: Win
+) -> None:
+    """Draw the held-out win rate of each phase over the stream, into a file (SVG, PNG, PDF).
+
+    Thick and with its interval while the phase lasts, thin before and after; dashed: the base
+    model. A dot is a version, where it went live. The same input gives the same SVG file.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": "cotune", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9.0, 1.2 + 1.3 * len(spans)), layout="constrained")
+        all_axes = figure.subplots(len(spans), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        end = spans[-1].end_sent
+        for phase, (span, axes) in enumerate(zip(spans, all_axes, strict=True)):
+            color = f"C{phase}"
+            entries = sorted(
+                (entry for entry in evaluated if phase in entry.results),
+                key=lambda entry: entry.live_at_s,
+            )
+            base = next(entry for entry in entries if entry.version == 0).results[phase]
+            axes.axhline(base.interval(win).rate, color="0.5", linewidth=0.8, linestyle="--")
+            axes.axvspan(span.start_sent, span.end_sent, color=color, alpha=0.10, linewidth=0)
+            intervals = [entry.results[phase].interval(win) for entry in entries]
+            sent = [entry.sent for entry in entries] + [end]
+            rates = [interval.rate for interval in intervals]
+            rates.append(rates[-1])
+            axes.step(sent, rates, where="post", color=color, linewidth=0.9)
+            axes.fill_between(
+                sent,
+                [i.low for i in intervals] + [intervals[-1].low],
+                [i.high for i in intervals] + [intervals[-1].high],
+                where=[span.start_sent <= x <= span.end_sent for x in sent],
+                step="post",
+                color=color,
+                alpha=0.20,
+                linewidth=0,
+            )
+            axes.plot(sent[:-1], rates[:-1], ".", color=color, markersize=4)
+            axes.set_ylim(0.0, 1.0)
+            axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
+            axes.grid(axis="y", linewidth=0.3)
+            axes.set_title(f"{span.name} (n = {base.pairs})", loc="left", fontsize=9, pad=3)
+        all_axes[-1].set_xlabel("events sent")
+        all_axes[-1].set_xlim(0, max(end, 1))
+        figure.supylabel(f"held-out win rate ({WIN_WORDS[win]})", fontsize=9)
+        figure.suptitle(title, fontsize=10)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_svg = path.suffix.lower() == ".svg"
+        figure.savefig(path, metadata={"Date": None} if is_svg else None)
