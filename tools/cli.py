@@ -54,6 +54,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "overhead": ("bench_overhead", "where an iteration's time goes"),
     "attention": ("bench_attention", "paged attention beside torch's own"),
     "train": ("bench_train", "training steps per second and memory, beside TRL's DPOTrainer"),
+    "memory": ("bench_memory", "resident memory, stage by stage, with learning on and off"),
     "publish": ("bench_publish", "adapter versions that go live while clients stream"),
     "web": ("bench_web", "the HTTP layer alone, without a model"),
 }

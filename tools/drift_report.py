@@ -276,27 +276,29 @@ def plot(
             axes.axhline(base.interval(win).rate, color="0.5", linewidth=0.8, linestyle="--")
             axes.axvspan(span.start_sent, span.end_sent, color=color, alpha=0.10, linewidth=0)
             intervals = [entry.results[phase].interval(win) for entry in entries]
-            sent = [entry.sent for entry in entries] + [end]
             rates = [interval.rate for interval in intervals]
-            rates.append(rates[-1])
-            axes.step(sent, rates, where="post", color=color, linewidth=0.9)
+            sent = [entry.sent for entry in entries]
+            axes.step([*sent, end], [*rates, rates[-1]], where="post", color=color, linewidth=0.9)
+            # The band needs points of its own where the phase begins and ends.
+            before = [i for i, x in enumerate(sent) if x <= span.start_sent]
+            within = [i for i, x in enumerate(sent) if span.start_sent < x <= span.end_sent]
+            band = [*before[-1:], *within, *(within or before)[-1:]]
             axes.fill_between(
-                sent,
-                [i.low for i in intervals] + [intervals[-1].low],
-                [i.high for i in intervals] + [intervals[-1].high],
-                where=[span.start_sent <= x <= span.end_sent for x in sent],
+                [span.start_sent, *(sent[i] for i in within), span.end_sent],
+                [intervals[i].low for i in band],
+                [intervals[i].high for i in band],
                 step="post",
                 color=color,
                 alpha=0.20,
                 linewidth=0,
             )
-            axes.plot(sent[:-1], rates[:-1], ".", color=color, markersize=4)
+            axes.plot(sent, rates, ".", color=color, markersize=4)
             axes.set_ylim(0.0, 1.0)
             axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
             axes.grid(axis="y", linewidth=0.3)
             axes.set_title(f"{span.name} (n = {base.pairs})", loc="left", fontsize=9, pad=3)
         all_axes[-1].set_xlabel("events sent")
-        all_axes[-1].set_xlim(0, max(end, 1))
+        all_axes[-1].set_xlim(0, 1.01 * max(end, 1))
         figure.supylabel(f"held-out win rate ({WIN_WORDS[win]})", fontsize=9)
         figure.suptitle(title, fontsize=10)
         path.parent.mkdir(parents=True, exist_ok=True)

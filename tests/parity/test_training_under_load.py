@@ -100,15 +100,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def batches() -> list[list[Sample]]:
     """Preference pairs and rated answers in every batch."""
-    kinds = [
-        sample
-        for key in range(0, 6 * STEPS, 6)
-        for sample in (
-            *(random_pair(key + i) for i in range(4)),
-            random_rated(key + 4, is_desirable=True),
-            random_rated(key + 5, is_desirable=False),
-        )
-    ]
+    kinds: list[Sample] = []
+    for key in range(0, 6 * STEPS, 6):
+        kinds += [random_pair(key + i) for i in range(4)]
+        kinds += [random_rated(key + 4 + i, is_desirable=i == 0) for i in range(2)]
     samples = with_references(kinds, tiny_model("llama"))
     return [samples[at : at + 6] for at in range(0, len(samples), 6)]
 
@@ -135,6 +130,7 @@ async def train(
     reports: list[StepReport] = []
     for batch in batches:
         await lane.run(trainer.begin, batch)
+        report: StepReport | None = None
         while trainer.next_quantum() is not None:
             report = await lane.run(trainer.run_quantum)
         assert report is not None
@@ -228,10 +224,10 @@ async def test_ten_steps_under_load_are_those_of_ten_steps_alone(
     assert loaded_state.tensors.keys() == alone_state.tensors.keys()
     for name, value in loaded_state.tensors.items():
         assert torch.equal(value, alone_state.tensors[name]), name
-    for client, answered in meanwhile:
-        assert answered[0] == before[client][0]
-        assert answered[1] == pytest.approx(before[client][1], rel=1e-5, abs=1e-5)
-    assert after == before
+    # What was answered: the same tokens; how they were batched may show in the last digits.
+    for client, (tokens, logprobs) in [*meanwhile, *enumerate(after)]:
+        assert tokens == before[client][0]
+        assert logprobs == pytest.approx(before[client][1], rel=1e-5, abs=1e-5)
 
 
 async def test_what_the_runtime_trains_over_is_what_it_serves_from(
