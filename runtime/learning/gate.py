@@ -282,13 +282,15 @@ def judge(
             f"wins {metrics['win_rate']:.0%} of {metrics['held_out_pairs']:.0f} held-out pairs, "
             f"live {metrics['live_win_rate']:.0%}",
         )
-    undecided: set[Reason] = {"too_few_held_out", "not_better"}
+    inconclusive: set[Reason] = {"too_few_held_out", "not_better"}
+    is_undecided = bool(reasons) and inconclusive.issuperset(reasons) and not is_worse
+    outcome = "undecided" if is_undecided else "refused" if reasons else "passed"
     return Verdict(
         passed=not reasons,
         reasons=reasons,
-        explanation="; ".join(["passed" if not reasons else "refused", *words]),
+        explanation="; ".join([outcome, *words]),
         metrics=metrics,
-        is_undecided=bool(reasons) and undecided.issuperset(reasons) and not is_worse,
+        is_undecided=is_undecided,
     )
 
 
