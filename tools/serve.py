@@ -41,6 +41,8 @@ examples:
   cotune serve path/to/model --lora-modules tutor=path/to/adapter --max-lora-rank 16
   COTUNE_API_KEY=secret cotune serve --host 0.0.0.0      reachable by other machines
   cotune serve --config serve.yaml --port 9000           the command line wins over the file
+  cotune serve --state-dir state --learning-adapters tutor     learn here, two models apart
+  cotune serve --no-learning                             answer and keep nothing
 
 then:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -237,4 +239,6 @@ def ready_line(url: str, runtime: Runtime) -> str:
     parts.append(f"context {runtime.max_model_len}")
     if adapters := [info.id for info in runtime.model_names() if info.parent is not None]:
         parts.append(f"adapters {', '.join(adapters)}")
+    if facts.get("state_dir"):
+        parts.append(f"learning in {facts['state_dir']}")
     return f"cotune: ready at {url} ({', '.join(parts)})"

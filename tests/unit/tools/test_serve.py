@@ -268,3 +268,11 @@ def test_the_ready_line_tells_what_was_chosen() -> None:
         "cotune: ready at http://127.0.0.1:8000 (model demo, device cpu, dtype float32, attention "
         "paged, KV pages 640 of 16 tokens, context 2048, adapters tutor)"
     )
+
+
+def test_the_ready_line_says_where_it_keeps_what_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime: Any = FakeRuntime.__new__(FakeRuntime)
+    runtime.max_model_len = 2048
+    facts = {**runtime.describe(), "state_dir": "/var/state"}
+    monkeypatch.setattr(FakeRuntime, "describe", lambda self: facts)
+    assert ready_line("http://x", runtime).endswith(", adapters tutor, learning in /var/state)")
