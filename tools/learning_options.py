@@ -205,6 +205,13 @@ _GATE = (
         "--min-held-out", "learning.gate.min_held_out", int, "N", "fewer, and nothing is published"
     ),
     _Flag(
+        "--min-sources",
+        "learning.gate.min_sources",
+        int,
+        "N",
+        "fewer sources, and nothing is published; 3 where strangers can write",
+    ),
+    _Flag(
         "--max-held-out", "learning.gate.max_held_out", int, "N", "most recent ones that are asked"
     ),
     _Flag(

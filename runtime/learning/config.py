@@ -149,6 +149,8 @@ class GateConfig:
     """A held-out sample counts half as much when this many have come after it."""
     min_held_out: int = 8
     """Fewer than these and nothing is published."""
+    min_sources: int = 1
+    """Fewer sources than these and nothing is published; 3 or more where strangers can write."""
     candidate_steps: int = 20
     """Optimizer steps between candidates, while there is new feedback."""
     candidate_wait_s: float = 10.0
@@ -187,6 +189,7 @@ class GateConfig:
                 self.min_held_out,
                 "use at most learning.gate.max_held_out",
             )
+        _check("learning.gate.min_sources", self.min_sources, 1)
         _check("learning.gate.candidate_steps", self.candidate_steps, 1)
         _check("learning.gate.candidate_wait_s", self.candidate_wait_s, 0.0)
         for name in ("confidence_z", "max_probe_increase", "max_chosen_drop"):

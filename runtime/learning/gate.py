@@ -58,7 +58,10 @@ Whose samples count how much
   as `min_held_out` samples, so that a stray rating does not stop the learning of a device's only
   user.
 - *No source decides alone*: without any single one of them, the rest must not find the candidate
-  worse. A flood of inverted labels makes a worse candidate look better in its own samples only.
+  worse; where two or more others speak, they must find it better, by half the margin asked of all.
+  A flood of inverted labels makes a worse candidate look better in its own samples only.
+- *The first to speak*: a flood that comes before anybody else cannot be told from a device's only
+  user. Where there are many users, `min_sources` keeps everything back until so many have spoken.
 - Samples of one source are alike. The standard error is the larger of that of independent samples
   and the cluster-robust one (Liang & Zeger 1986), so that sources that disagree widen it.
 
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
 
 Reason: TypeAlias = Literal[
     "too_few_held_out",
+    "too_few_sources",
     "not_better",
     "probe_loss",
     "entropy",
@@ -251,6 +255,14 @@ def judge(
                 f"{len(samples)} held-out samples count, fewer than {config.min_held_out}",
             )
         )
+    sources = len({sample.source for sample in samples})
+    if sources < config.min_sources:
+        objections.append(
+            (
+                "too_few_sources",
+                f"held-out samples of {sources} sources count, fewer than {config.min_sources}",
+            )
+        )
     if samples:
         differences = _differences(samples)
         gain = _estimate(samples, differences, weights)
@@ -267,10 +279,10 @@ def judge(
             objections.append(("not_better", "it is not better beyond chance"))
         elif against := _who_decides_alone(samples, differences, weights, config):
             source, rest = against
-            is_worse = True
+            is_worse = rest < 0.0
             metrics["gain_without_one_source"] = rest
             objections.append(
-                ("not_better", f"only {source!r} finds it better: {rest:+.3f} without that source")
+                ("not_better", f"the others do not agree with {source!r}: {rest:+.3f} without it")
             )
     objections += _collapse(candidate, base_probe, samples, weights, config, metrics)
 
@@ -282,7 +294,7 @@ def judge(
             f"wins {metrics['win_rate']:.0%} of {metrics['held_out_pairs']:.0f} held-out pairs, "
             f"live {metrics['live_win_rate']:.0%}",
         )
-    inconclusive: set[Reason] = {"too_few_held_out", "not_better"}
+    inconclusive: set[Reason] = {"too_few_held_out", "too_few_sources", "not_better"}
     is_undecided = bool(reasons) and inconclusive.issuperset(reasons) and not is_worse
     outcome = "undecided" if is_undecided else "refused" if reasons else "passed"
     return Verdict(
@@ -569,9 +581,10 @@ def _who_decides_alone(
     weights: Sequence[float],
     config: GateConfig,
 ) -> tuple[str, float] | None:
-    """A source without which the rest finds the candidate worse, and how much worse.
+    """A source without which the rest does not agree that it is better, and the rest's mean.
 
-    A rest of less than half of `min_held_out` samples is heard only where it speaks beyond chance.
+    A rest of less than half of `min_held_out` samples is heard only where it speaks beyond chance;
+    one of two sources or more, with enough samples, must speak for the candidate.
     """
     by_source: dict[str, list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
@@ -584,15 +597,19 @@ def _who_decides_alone(
             continue
         others = total - math.fsum(weights[i] for i in own)
         mean = (score - math.fsum(differences[i] * weights[i] for i in own)) / others
+        rest = [i for i in range(len(samples)) if samples[i].source != source]
+        is_heard = 2 * len(rest) >= config.min_held_out
+        is_many = len(by_source) > 2 and len(rest) >= config.min_held_out
         doubt = 0.0
-        if 2 * (len(samples) - len(own)) < config.min_held_out:
-            rest = [i for i in range(len(samples)) if samples[i].source != source]
+        if is_many or not is_heard:
             found = _estimate(
                 [samples[i] for i in rest],
                 [differences[i] for i in rest],
                 [weights[i] for i in rest],
             )
             doubt = _widened(config.confidence_z, found.samples) * found.error
+        if is_many:
+            doubt *= -0.5
         if mean + doubt < 0.0 and (worst is None or mean < worst[1]):
             worst = source, mean
     return worst

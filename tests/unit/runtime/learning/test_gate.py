@@ -201,7 +201,7 @@ def test_a_source_that_alone_finds_the_candidate_better_is_named() -> None:
     candidate = version([4.0] * 10 + [-0.05] * 10, sources)
     verdict = verdict_on(candidate, version([0.0] * 20, sources), replace(CONFIG, confidence_z=0.1))
     assert verdict.reasons == ("not_better",)
-    assert "only 'a' finds it better" in verdict.explanation
+    assert "do not agree with 'a'" in verdict.explanation
     assert verdict.metrics["gain"] > 0.0 > verdict.metrics["gain_without_one_source"]
     assert not verdict.is_undecided
 
@@ -466,3 +466,34 @@ def test_judging_needs_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_with_too_few_sources_a_candidate_waits_for_more_to_speak() -> None:
+    config = replace(CONFIG, min_sources=3)
+    pairs = [pair(key, 1.0, source=f"user {key % 2}") for key in range(24)]
+    verdict = judge(
+        Evaluation(pairs=tuple(pairs), probe=PROBE),
+        Evaluation(pairs=tuple(pair(p.key, 0.0, source=p.source) for p in pairs), probe=PROBE),
+        PROBE,
+        config,
+        BETA,
+    )
+    assert verdict.reasons == ("too_few_sources",)
+    assert verdict.is_undecided
+    assert "2 sources" in verdict.explanation
+
+
+def test_what_one_of_many_sources_wants_alone_is_not_published() -> None:
+    """The others' samples are as they were: neither better nor worse."""
+    pairs = [pair(key, 0.02 * (-1) ** key, source=f"user {key % 3}") for key in range(24)]
+    pairs += [pair(key, 2.0, source="flood") for key in range(24, 48)]
+    before = tuple(pair(p.key, 0.0, source=p.source) for p in pairs)
+    verdict = judge(
+        Evaluation(pairs=tuple(pairs), probe=PROBE),
+        Evaluation(pairs=before, probe=PROBE),
+        PROBE,
+        CONFIG,
+        BETA,
+    )
+    assert verdict.reasons == ("not_better",)
+    assert "'flood'" in verdict.explanation
