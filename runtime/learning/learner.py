@@ -241,6 +241,7 @@ class Learner:
         seen = self._store.changes
         if seen == self._seen:
             return
+        self._seen = seen  # also if it fails: it is tried again at the next change, not at once
         config = self._config
         name = self.adapter
         try:
@@ -255,7 +256,6 @@ class Learner:
             return
         self._buffer.update(samples)
         self._held_out = choose_held_out(held_out, config.gate.max_held_out)
-        self._seen = seen
 
     def _may_train(self) -> bool:
         """Whether a batch is there, or part of one that has waited long enough."""

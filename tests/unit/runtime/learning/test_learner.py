@@ -65,6 +65,8 @@ class FakeStore:
         self.unscored: dict[int, Sample] = {}
         self.refused: dict[int, str] = {}
         self.failures: deque[Exception] = deque()
+        self.read_failures: deque[Exception] = deque()
+        self.reads = 0
         self.changes = 0
         self._changed = asyncio.Event()
 
@@ -105,6 +107,9 @@ class FakeStore:
         self.change()
 
     async def samples(self, _adapter: str, *, held_out: bool, limit: int) -> tuple[Sample, ...]:
+        self.reads += 1
+        if self.read_failures:
+            raise self.read_failures.popleft()
         return tuple((self.held_out if held_out else self.training).values())[-limit:]
 
     async def states(self, _adapter: str) -> dict[str, int]:
@@ -464,6 +469,19 @@ async def test_a_full_disk_delays_references_until_the_next_change(school: Schoo
         school.store.change()
         await school.until(lambda: not school.store.unscored)
         assert learner.status().phase != "stopped"
+
+
+async def test_a_disk_that_cannot_be_read_is_asked_again_at_the_next_change(school: School) -> None:
+    async with school.running():
+        await school.idle()
+        before = school.store.reads
+        school.store.read_failures += [StorageError("the disk fails")] * 100
+        school.store.add(4)
+        await school.idle()
+        assert 1 <= school.store.reads - before < 5, "it does not ask over and over"
+        school.store.read_failures.clear()
+        school.store.change()
+        await school.until(lambda: school.trainer.batches)
 
 
 async def test_samples_that_cannot_be_trained_on_are_not_offered_again(school: School) -> None:
