@@ -123,7 +123,7 @@ def test_learning_needs_two_slots_and_a_rank_that_they_take() -> None:
     with pytest.raises(ConfigError, match="max_loras"):
         RuntimeConfig(learning=learning, adapters=AdapterConfig(max_loras=1)).validate()
     with pytest.raises(ConfigError, match="max_lora_rank"):
-        RuntimeConfig(learning=learning, adapters=AdapterConfig(max_lora_rank=4)).validate()
+        RuntimeConfig(learning=learning, adapters=AdapterConfig(max_lora_rank=3)).validate()
 
 
 def test_every_setting_has_a_line_that_says_what_it_is() -> None:
