@@ -452,8 +452,7 @@ class Engine:
             view = self._views[index]
             if seq.hint_epoch != self._hint_epoch:
                 seq.hint_epoch = self._hint_epoch
-                known = seq.tokens[: seq.cacheable_tokens]
-                cached = self._cache.match(seq.request.version, known)
+                cached = self._cache.match(seq.request.version, seq.cacheable)
                 if cached != view.cached:
                     view = self._views[index] = seq.waiting_view(cached)
             tokens -= view.known - view.cached
@@ -710,7 +709,7 @@ class Engine:
         grant = self._adapters.acquire(request.version)
         if grant is None:
             return None
-        pages = self._cache.open(request.version, seq.tokens[: seq.cacheable_tokens])
+        pages = self._cache.open(request.version, seq.cacheable)
         if not self._cache.reserve(pages, len(seq.tokens)):
             self._cache.close(pages)
             self._adapters.release(request.version)

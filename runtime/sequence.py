@@ -266,14 +266,15 @@ class SequenceState:
         self._taken_tokens = 0
 
     @property
-    def cacheable_tokens(self) -> int:
-        """Its first so many tokens may be found in the cache, up to the last but one of them.
+    def cacheable(self) -> list[int]:
+        """Its tokens that may be found in the cache, up to the last but one of them.
 
-        Fewer than all while prompt log-probabilities are due: those tokens must be computed.
+        All of them, not copied; fewer while prompt log-probabilities are due, for which the others
+        must be computed.
         """
         if self.index == 0 and self.request.lacks_prompt_logprobs:
-            return self.request.logprobs_start
-        return len(self.tokens)
+            return self.tokens[: self.request.logprobs_start]
+        return self.tokens
 
     def waiting_view(self, cached: int) -> WaitingView:
         """Its entry among the waiting."""

@@ -4,7 +4,7 @@
     training     ready samples ─► batches ─► quanta on the training lane ─► a candidate
                  ─► examined in a slot of the engine ─► judged
                       passed     written, prefixes prefilled, live; the new last good state
-                      undecided  training goes on from here, a few times at most
+                      undecided  training goes on from here, `MAX_UNDECIDED` times in a row at most
                       refused    written for inspection; training goes back to the last good state
 
 The last good state is that of the live version: adapter, optimizer and which samples were trained
