@@ -40,6 +40,9 @@ class Command(Protocol):
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "answer requests over HTTP, as the OpenAI API does"),
     "chat": ("chat", "talk to a model in the terminal"),
+    "profile": ("profile_device", "measure what work costs on this device"),
+    "simulate": ("simulate", "replay a trace through the policies in virtual time"),
+    "trace": ("save_trace", "save what a running server's lanes did, for Perfetto"),
     "bench": ("", "measure speed; `cotune bench --help` lists the benchmarks"),
     "feedback": ("feedback", "import, export or delete feedback"),
     "adapters": ("adapters", "list, compare, promote or roll back what was learned"),
@@ -53,6 +56,8 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "prefix": ("bench_prefix", "time to first token with and without a cached prefix"),
     "overhead": ("bench_overhead", "where an iteration's time goes"),
     "attention": ("bench_attention", "paged attention beside torch's own"),
+    "policy": ("bench_policy", "how long each policy takes to decide"),
+    "coserve": ("bench_coserve", "serving while learning, under each policy"),
     "train": ("bench_train", "training steps per second and memory, beside TRL's DPOTrainer"),
     "memory": ("bench_memory", "resident memory, stage by stage, with learning on and off"),
     "publish": ("bench_publish", "adapter versions that go live while clients stream"),

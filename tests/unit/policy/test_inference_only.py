@@ -22,7 +22,7 @@ from cotune.policy import (
     make_policy,
     rank_s,
 )
-from cotune.policy.inference_only import HEADROOM_TOKENS, pages_to_start
+from cotune.policy.packing import HEADROOM_TOKENS, pages_to_start
 from cotune.policy.types import PRIORITY_STEP_S
 
 SIZE = 16
@@ -151,7 +151,7 @@ def test_a_lower_priority_number_goes_first_but_not_for_ever() -> None:
 
 
 def test_every_name_makes_a_policy_and_others_none() -> None:
-    assert POLICY_NAMES[0] == "inference-only"
+    assert POLICY_NAMES[0] == "cotune"
     for name in POLICY_NAMES:
         assert make_policy(name).plan(Observation(0.0, Budgets(1, 1, 1), 1, (), ())) == (
             IterationPlan()
