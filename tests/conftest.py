@@ -4,7 +4,7 @@ One intra-op thread: the suite shares its cores, and waiting threads of an OpenM
 hub: tests make their models in code and must not depend on a network.
 
 State: a runtime that learns keeps it in the home directory unless told otherwise; here each test
-has a home of its own for that.
+has a home of its own for that. Caches, such as profiles, are shared by the whole run.
 
 Tests marked `slow` run with ``-m slow``; those marked `gpu` run where there is a CUDA device.
 """
@@ -17,11 +17,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

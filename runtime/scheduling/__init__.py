@@ -1,0 +1,1 @@
+"""What runs when: the parts between the engine, the learners and the policy."""
