@@ -199,6 +199,15 @@ class LeanDecoder:
         for linear in self._linears():
             linear.adapters.clear(slot)
 
+    @property
+    def adapter_generation(self) -> int:
+        """Changes whenever a layer's stacked adapter matrices have moved."""
+        return sum(linear.adapters.generation for linear in self._linears())
+
+    def can_record(self) -> bool:
+        """Whether a forward over decodes only queues work for the device."""
+        return all(self.kernels.can_record(layer.attention) for layer in self._layers)
+
     def _linears(self) -> list[FusedLinear]:
         own = [self._head]
         for layer in self._layers:

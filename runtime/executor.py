@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import psutil
 import torch
 
+from ..streams.graphs import GraphRecorder, sizes_up_to
 from .decoder import LeanDecoder, UnlistedError, layer_attentions
 from .errors import ConfigError
 from .kernels.choose import choose_kernels
@@ -19,16 +20,19 @@ from .kernels.plain import HeadShape
 from .module_forward import ModuleForward
 from .packing import pack_steps
 from .sampling import Sampler
+from .static_decode import StaticDecode
 from .step import SequenceResult, SequenceStep, StepResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ..streams.graphs import Recorder
     from .config import CacheConfig
     from .kernels.batch import PackedBatch
     from .kernels.plain import PlainKernels
     from .loading import LoadedModel
     from .lora import LoraWeights
+    from .static_decode import StaticDecodeStatistics
     from .types import TokenLogprob
 
 logger = logging.getLogger(__name__)
@@ -71,6 +75,7 @@ class Executor:
         kernels: PlainKernels,
         forward: Forward,
         *,
+        num_pages: int,
         description: dict[str, str],
     ) -> None:
         self._forward = forward
@@ -78,8 +83,9 @@ class Executor:
         self._device = kernels.device
         self._sampler = Sampler(loaded.vocab_size, kernels.device)
         self._description = description
+        self._static: StaticDecode | None = None
         self.page_size = kernels.page_size
-        self.num_pages = kernels.keys[0].shape[0]
+        self.num_pages = num_pages
 
     @classmethod
     @torch.inference_mode()
@@ -91,8 +97,14 @@ class Executor:
         cache: CacheConfig,
         max_num_batched_tokens: int,
         max_num_seqs: int = 256,
+        record_decodes: bool = True,
+        recorder: Recorder | None = None,
     ) -> Executor:
         """Choose kernels and a forward, prove them against the model, and make the KV pages.
+
+        Args:
+            record_decodes: on CUDA, whether decodes are recorded as CUDA graphs.
+            recorder: records decodes instead, on any device.
 
         Raises:
             ConfigError: the pages asked for do not fit, or hold less than one sequence.
@@ -110,19 +122,28 @@ class Executor:
         prepack = _can_prepack(loaded, device)
         forward, path = _choose_forward(loaded, kernels, prepack)
         num_pages = _count_pages(loaded, kernels, cache, max_num_seqs)
-        kernels.allocate(num_pages)
+        reason = "not on a CPU" if record_decodes else "lanes.cuda_graphs is off"
+        if recorder is None and record_decodes and device.type == "cuda":
+            recorder = GraphRecorder(device)
+        if recorder is not None:
+            reason = _unrecordable(forward)
+        # Recorded decodes write the KV of rows that belong to nobody to one page more.
+        kernels.allocate(num_pages + (recorder is not None and not reason))
         description = {
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "attention": kernels.name,
             "forward": path,
             "linears": "prepacked (oneDNN)" if prepack else "plain",
+            "decode": f"kernel by kernel ({reason})",
             "page_size": str(kernels.page_size),
             "kv_pages": str(num_pages),
             "kv_bytes": str(num_pages * kernels.page_bytes),
         }
-        executor = cls(loaded, kernels, forward, description=description)
+        executor = cls(loaded, kernels, forward, num_pages=num_pages, description=description)
         # A budget may exceed the context; there are no positions beyond it.
         executor._warm_up(min(max_num_batched_tokens, loaded.max_model_len))
+        if recorder is not None and not reason:
+            executor._record_decodes(loaded, recorder, max_num_seqs)
         return executor
 
     def describe(self) -> dict[str, str]:
@@ -133,15 +154,20 @@ class Executor:
     def execute(self, steps: Sequence[SequenceStep]) -> StepResult:
         """Run one iteration: the KV of every token is written, and asked-for tokens are sampled."""
         began = time.perf_counter()
-        batch = pack_steps(
-            steps,
-            page_size=self.page_size,
-            device=self._device,
-        )
-        logits = self._forward(batch)
+        if self._static is not None and self._static.takes(steps):
+            logits = self._static(steps)
+        else:
+            logits = self._forward(self._pack(steps))
         forwarded = time.perf_counter()
         results = self._sample(steps, logits)
         return StepResult(results, forwarded - began, time.perf_counter() - forwarded)
+
+    def recorded_decodes(self) -> StaticDecodeStatistics | None:
+        """What was recorded and replayed; None where decodes run kernel by kernel."""
+        return None if self._static is None else self._static.statistics()
+
+    def _pack(self, steps: Sequence[SequenceStep]) -> PackedBatch:
+        return pack_steps(steps, page_size=self.page_size, device=self._device)
 
     def _sample(
         self, steps: Sequence[SequenceStep], logits: torch.Tensor
@@ -198,13 +224,70 @@ class Executor:
         room = self.num_pages * self.page_size
         for length in (1, min(tokens, room)):
             pages = list(range(-(-length // self.page_size)))
-            self._forward(
-                pack_steps(
-                    [SequenceStep(token_ids=[0] * length, start=0, block_table=pages)],
-                    page_size=self.page_size,
-                    device=self._device,
+            step = SequenceStep(token_ids=[0] * length, start=0, block_table=pages)
+            self._forward(self._pack([step]))
+
+    def _record_decodes(self, loaded: LoadedModel, recorder: Recorder, max_num_seqs: int) -> None:
+        """Record decodes of every batch size, and keep them if they give what they should."""
+        forward = self._forward
+        assert isinstance(forward, LeanDecoder)
+        began = time.perf_counter()
+        prefills, decodes = self._proof_steps(loaded)
+        self._forward(self._pack(prefills))
+        expected = self._forward(self._pack(decodes))
+        static = StaticDecode(
+            forward,
+            recorder,
+            sizes=sizes_up_to(max_num_seqs),
+            vocab_size=expected.shape[1],
+            dtype=expected.dtype,
+            page_size=self.page_size,
+            longest_table=-(-loaded.max_model_len // self.page_size),
+            scratch_page=self.num_pages,
+            tolerance=_TOLERANCE[loaded.dtype],
+            device=self._device,
+        )
+        reason = static.record_all(decodes, expected)
+        if reason:
+            logger.warning("decodes are not recorded: %s", reason)
+            self._description["decode"] = f"kernel by kernel ({reason})"
+            return
+        self._static = static
+        sizes = static.statistics().sizes
+        self._description["decode"] = f"{recorder.name} for up to {sizes[-1]} sequences"
+        logger.info(
+            "recorded decodes of %d batch sizes in %.1f s", len(sizes), time.perf_counter() - began
+        )
+
+    def _proof_steps(self, loaded: LoadedModel) -> tuple[list[SequenceStep], list[SequenceStep]]:
+        """Some prompts at and around a page's end, and a decode of each of them."""
+        generator = torch.Generator().manual_seed(0)
+        prefills, decodes, used = [], [], 0
+        for wanted in (self.page_size - 1, 3, self.page_size + 2, 7, self.page_size):
+            length = min(wanted, loaded.max_model_len - 1)
+            count = length // self.page_size + 1
+            if used + count > self.num_pages:
+                continue
+            pages = list(range(used, used + count))
+            used += count
+            tokens = torch.randint(loaded.vocab_size, (length + 1,), generator=generator).tolist()
+            prefills.append(SequenceStep(token_ids=tokens[:-1], start=0, block_table=pages))
+            # Logits are wanted as for a prompt's log-probabilities: nothing is sampled here.
+            decodes.append(
+                SequenceStep(
+                    token_ids=tokens[-1:], start=length, block_table=pages, prompt_logprobs=0
                 )
             )
+        return prefills, decodes
+
+
+def _unrecordable(forward: Forward) -> str:
+    """Why decodes through this forward cannot be recorded, or ""."""
+    if not isinstance(forward, LeanDecoder):
+        return "the model's own modules may ask the device for values"
+    if not forward.can_record():
+        return f"attention by {forward.kernels.name} asks the device for values"
+    return ""
 
 
 def _can_prepack(loaded: LoadedModel, device: torch.device) -> bool:

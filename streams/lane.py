@@ -14,6 +14,8 @@ What crosses, and when it is safe:
 - The lane holds a job's arguments and its outcome until that moment, so that the caching allocator
   cannot hand their memory to another stream while kernels still use it. A tensor that `fn` reads by
   another path (a closure, an attribute) must be held by its owner for as long.
+- Nothing needs `Tensor.record_stream` for the same reason: no block that a job has used can be
+  handed out again before the device is done with it.
 - The wait is an event made with ``blocking=True``: the lane's thread sleeps in the driver with the
   GIL released. The other choice, spinning, wakes some microseconds sooner and burns a core that the
   event loop, the tokenizer and the other lane need.
@@ -35,6 +37,8 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, TypeVarTuple, cast
 
 import torch
+
+from .partition import Partition, open_partition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,10 +99,18 @@ class _CpuStream:
 class _CudaStream:
     """A CUDA stream of our own and the event that says how far it has come."""
 
-    def __init__(self, device: torch.device, *, high_priority: bool) -> None:
+    def __init__(
+        self, device: torch.device, *, high_priority: bool, sm_share: float | None
+    ) -> None:
         cuda: Any = torch.cuda  # its streams and events have no types
         cuda.set_device(device)  # of this thread: what fn makes on "cuda" lands here
-        self._stream = cuda.Stream(device, priority=-1 if high_priority else 0)
+        self._partition: Partition | None = None
+        if sm_share is not None:
+            self._partition = open_partition(device, sm_share)
+        if self._partition is not None:
+            self._stream = self._partition.stream
+        else:
+            self._stream = cuda.Stream(device, priority=-1 if high_priority else 0)
         self._event = cuda.Event(blocking=True)
 
     def current(self) -> AbstractContextManager[None]:
@@ -109,10 +121,12 @@ class _CudaStream:
         self._event.synchronize()
 
 
-def _open_stream(device: torch.device, *, high_priority: bool) -> DeviceStream:
+def _open_stream(
+    device: torch.device, *, high_priority: bool, sm_share: float | None
+) -> DeviceStream:
     """The stream for `device`; called on the lane's thread."""
     if device.type == "cuda":
-        return _CudaStream(device, high_priority=high_priority)
+        return _CudaStream(device, high_priority=high_priority, sm_share=sm_share)
     if device.type == "cpu":
         return _CpuStream()
     raise ValueError(f"device is {str(device)!r}; a lane runs on 'cpu' or 'cuda'")
@@ -196,6 +210,8 @@ class Lane:
             the lane has. The count is this lane's alone: other threads keep theirs.
         high_priority: on CUDA, the stream's kernels go before those of other streams when both are
             waiting for the device. No effect on the CPU.
+        sm_share: on CUDA, the share of the multiprocessors that the stream's kernels may use, above
+            0 and below 1; None for all (`partition.py`). No effect on the CPU.
         max_pending: most unfinished jobs; one more is refused with `LaneFullError`. A caller that
             awaits each job before the next never meets it.
 
@@ -209,10 +225,15 @@ class Lane:
         device: torch.device,
         threads: int | None = None,
         high_priority: bool = False,
+        sm_share: float | None = None,
         max_pending: int = MAX_PENDING,
     ) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads of lane {name!r} is {threads}; it must be at least 1")
+        if sm_share is not None and not 0.0 < sm_share < 1.0:
+            raise ValueError(
+                f"sm_share of lane {name!r} is {sm_share}; it must be above 0 and below 1, or None"
+            )
         if max_pending < 1:
             raise ValueError(
                 f"max_pending of lane {name!r} is {max_pending}; it must be at least 1"
@@ -220,6 +241,7 @@ class Lane:
         self.name = name
         self.device = device
         self._high_priority = high_priority
+        self._sm_share = sm_share
         self._threads = threads
         self._default_threads = torch.get_num_threads()
         self._max_pending = max_pending
@@ -229,6 +251,11 @@ class Lane:
         self._pending = 0
         self._finished = (0, 0.0)  # jobs, busy_s; replaced as one by the lane's thread
         self._thread: threading.Thread | None = None
+
+    @property
+    def threads(self) -> int:
+        """Intra-op threads of torch in this lane."""
+        return self._threads or self._default_threads
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -351,7 +378,9 @@ class Lane:
         stream: DeviceStream
         try:
             self._set_threads()
-            stream = _open_stream(self.device, high_priority=self._high_priority)
+            stream = _open_stream(
+                self.device, high_priority=self._high_priority, sm_share=self._sm_share
+            )
         except Exception as error:  # noqa: BLE001 - raised by every job, where a caller can see it
             stream = _BrokenStream(self.name, self.device, error)
         while (job := self._jobs.get()) is not None:

@@ -71,7 +71,8 @@ class MemoryProbe:
 
     `source` says where readings come from ("nvml", "torch" or "system"). NVML knows nothing of
     CUDA_VISIBLE_DEVICES, so the card is found by its UUID; where that fails,
-    `torch.cuda.mem_get_info` is used instead, and the reason is logged once.
+    `torch.cuda.mem_get_info` is used instead, and the reason is logged once. So it is when NVML
+    fails later; it is not asked again then.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,9 +84,7 @@ class MemoryProbe:
                 self._system = _open_nvml(device)
                 self.source = "nvml"
             except _NvmlUnavailableError as reason:
-                log.warning("memory of %s is read through torch, not NVML: %s", device, reason)
-                self._system = self._torch_memory
-                self.source = "torch"
+                self._do_without_nvml(reason)
         elif device.type == "cpu":
             self._system = _cpu_memory
             self.source = "system"
@@ -94,7 +93,11 @@ class MemoryProbe:
 
     def read(self) -> MemoryReading:
         """The memory as it is now."""
-        total_bytes, free_bytes = self._system()
+        try:
+            total_bytes, free_bytes = self._system()
+        except _NvmlUnavailableError as reason:
+            self._do_without_nvml(reason)
+            total_bytes, free_bytes = self._system()
         unused_bytes = 0
         if self.device.type == "cuda":
             stats = torch.cuda.memory_stats(self.device)
@@ -106,6 +109,11 @@ class MemoryProbe:
             free_bytes=free_bytes,
             allocator_unused_bytes=max(0, unused_bytes),
         )
+
+    def _do_without_nvml(self, reason: _NvmlUnavailableError) -> None:
+        log.warning("memory of %s is read through torch, not NVML: %s", self.device, reason)
+        self._system = self._torch_memory
+        self.source = "torch"
 
     def _torch_memory(self) -> tuple[int, int]:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
@@ -122,13 +130,18 @@ class _NvmlUnavailableError(Exception):
 def _open_nvml(device: torch.device) -> Callable[[], tuple[int, int]]:
     """A function that reads (total, free) bytes of `device` from NVML.
 
+    It raises `_NvmlUnavailableError` where NVML fails.
+
     NVML stays initialised until the process ends; its own reference count makes that safe for any
     number of probes.
     """
     import pynvml
 
     def read() -> tuple[int, int]:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        except pynvml.NVMLError as error:  # the driver was updated, or the card fell off the bus
+            raise _NvmlUnavailableError(str(error)) from error
         return int(memory.total), int(memory.free)
 
     try:

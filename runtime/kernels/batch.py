@@ -43,10 +43,13 @@ class AdapterRouting:
     Attributes:
         slots: (T,) int64; 0 is the base model.
         single: the slot where all rows share one, else 0.
+        is_static: the forward is being recorded to run again for other rows and other adapters, so
+            it must go by what `slots` and `AdapterTable.storage` hold when it runs.
     """
 
     slots: torch.Tensor
     single: int
+    is_static: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,10 @@ class CpuKernels(PlainKernels):
         cells[11], cells[12] = self._low.data_ptr(), described.ranks
         self._kernels.add_adapters(self._adapters, 1 if rows == 1 else 0)
 
+    def can_record(self, layer: LayerAttention) -> bool:
+        """As the plain form; work on the CPU is done when a call returns."""
+        return True
+
     def rope_and_store(
         self,
         layer: LayerAttention,

@@ -1,8 +1,10 @@
 """Attention on CUDA by torch's own paged variable-length attention.
 
 `torch.nn.attention.varlen.varlen_attn` reads keys and values through a block table. Its layout is
-that of `plain.py`, (P, S, K, D). Flash Attention 2 wants pages of 256 tokens; 3 takes any size.
-It has no soft-capping; layers that cap their scores run the plain form.
+that of `plain.py`, (P, S, K, D). Flash Attention 2, which torch brings, wants pages of 256 tokens;
+3 takes any size, and is used where the process has activated it (it is a package of its own, see
+`torch.nn.attention.activate_flash_attention_impl`). Neither has soft-capping here; layers that cap
+their scores run the plain form.
 
 This file was written against the documentation and has been run only where docs/measurements
 says so. `choose.py` holds it against the plain form on the card at hand before it is used.
@@ -13,11 +15,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.attention
 
 from .plain import HeadShape, LayerAttention, PlainKernels
 
 if TYPE_CHECKING:
     from .batch import PackedBatch, Rows
+
+
+def page_size_for(implementation: str | None) -> int:
+    """Tokens per page that a Flash Attention implementation takes; None is torch's own, 2."""
+    return 16 if implementation == "FA3" else 256
 
 
 class CudaKernels(PlainKernels):
@@ -30,9 +38,9 @@ class CudaKernels(PlainKernels):
         self, shape: HeadShape, *, layers: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(shape, layers=layers, dtype=dtype, device=device)
-        major, _minor = torch.cuda.get_device_capability(device)
-        # Hopper runs Flash Attention 3 where torch has it; its pages may be small.
-        self.page_size = 16 if major == 9 else 256
+        self.page_size = page_size_for(torch.nn.attention.current_flash_attention_impl())
+        # Other values were reported to give silently wrong results with Flash Attention 2.
+        self.num_splits: int | None = 1
 
     @staticmethod
     def supports(shape: HeadShape, dtype: torch.dtype) -> bool:
@@ -44,6 +52,10 @@ class CudaKernels(PlainKernels):
         except ImportError:
             return False
         return shape.head_dim % 8 == 0
+
+    def can_record(self, layer: LayerAttention) -> bool:
+        """As the plain form."""
+        return not layer.softcap
 
     def attend(
         self, layer: LayerAttention, query: torch.Tensor, rows: Rows, batch: PackedBatch
@@ -66,7 +78,7 @@ class CudaKernels(PlainKernels):
             enable_gqa=True,
             seqused_k=batch.context_lens,
             block_table=batch.block_tables,
-            num_splits=1,  # other values gave silently wrong results with Flash Attention 2
+            num_splits=self.num_splits,
         )
         if not isinstance(mixed, torch.Tensor):
             raise TypeError("varlen_attn returned more than the output")

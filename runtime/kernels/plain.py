@@ -142,19 +142,24 @@ class PlainKernels:
         self, y: torch.Tensor, x: torch.Tensor, routing: AdapterRouting, table: AdapterTable
     ) -> None:
         """Y += B A x for each row's own adapter, in place: (T, in) to (T, out)."""
-        if table.down is None or table.up is None or table.owner is None:
+        stack = table.storage if routing.is_static else table.used
+        if stack is None:
             return
         if routing.single:
             span = table.spans.get(routing.single)
             if span is not None:
                 low, high = span
-                y.addmm_(F.linear(x, table.down[low:high]), table.up[:, low:high].t())
+                y.addmm_(F.linear(x, stack.down[low:high]), stack.up[:, low:high].t())
             return
-        small = F.linear(x, table.down)
-        small *= routing.slots.unsqueeze(1) == table.owner
-        y.addmm_(small, table.up.t())
+        small = F.linear(x, stack.down)
+        small *= routing.slots.unsqueeze(1) == stack.owner
+        y.addmm_(small, stack.up.t())
 
     # --- attention -------------------------------------------------------------------------
+
+    def can_record(self, layer: LayerAttention) -> bool:
+        """Whether `attend` only queues work for the device, so that a graph can hold it."""
+        return False
 
     def rope_and_store(
         self,

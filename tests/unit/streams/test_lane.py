@@ -67,7 +67,7 @@ class FakeStream:
 @pytest.fixture
 def fake_stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
     stream = FakeStream()
-    monkeypatch.setattr(lane_module, "_open_stream", lambda device, high_priority: stream)
+    monkeypatch.setattr(lane_module, "_open_stream", lambda device, **_: stream)
     return stream
 
 
