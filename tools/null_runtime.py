@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 import uuid
 from collections import Counter
@@ -33,6 +34,8 @@ from ..runtime.errors import (
     RequestError,
 )
 from ..runtime.learning.status import LearningStatus
+from ..runtime.scheduling.statistics import ScheduleStatistics
+from ..runtime.scheduling.timeline import IterationRecord, Timeline, TimelineSnapshot
 from ..runtime.statistics import Listeners, RuntimeStatistics
 from ..runtime.types import (
     BASE,
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
     from ..runtime.learning.events import Acknowledgement, FeedbackEvent
     from ..runtime.learning.versions import VersionRecord
     from ..runtime.statistics import Listener
-    from ..runtime.types import FinishReason, Message, SamplingParams
+    from ..runtime.types import FinishReason, Message, RequestClass, SamplingParams
     from .null_learning import NullLearning
 
 PAGE_SIZE: Final = 16
@@ -156,8 +159,10 @@ class NullStream:
         request_id: str | None,
         record: bool | None = None,
         source: str | None = None,
+        request_class: RequestClass = "interactive",
     ) -> None:
         self._runtime = runtime
+        self.request_class = request_class
         self.is_recorded = record is not False
         self.source = source or "local"
         self.prompt_token_ids = prompt
@@ -375,6 +380,8 @@ class NullRuntime:
 
     Attributes:
         draining: set when `drain` is called.
+        schedule: what is told of the scheduler beside what its `records` have added up.
+        records: has an iteration per step.
     """
 
     def __init__(
@@ -407,6 +414,8 @@ class NullRuntime:
         self._loop_task: asyncio.Task[None] | None = None
         self._seen: set[tuple[AdapterVersion, tuple[int, ...]]] = set()
         self._counts: Counter[str] = Counter()
+        self.schedule = ScheduleStatistics(policy="null")
+        self.records = Timeline()
 
     async def __aenter__(self) -> Self:
         group = await self._tasks.enter_async_context(asyncio.TaskGroup())
@@ -435,13 +444,14 @@ class NullRuntime:
         *,
         model: str | None = None,
         priority: int = 0,
+        request_class: RequestClass = "interactive",
         request_id: str | None = None,
         record: bool | None = None,
         source: str | None = None,
     ) -> NullStream:
         """Answer a conversation."""
         tokens = tuple(self.codec.encode_chat(messages))
-        return NullStream(self, tokens, params, model, request_id, record, source)
+        return NullStream(self, tokens, params, model, request_id, record, source, request_class)
 
     def complete(
         self,
@@ -450,13 +460,16 @@ class NullRuntime:
         *,
         model: str | None = None,
         priority: int = 0,
+        request_class: RequestClass = "interactive",
         request_id: str | None = None,
         record: bool | None = None,
         source: str | None = None,
     ) -> NullStream:
         """Continue a text, or token ids."""
         tokens = self.codec.encode(prompt) if isinstance(prompt, str) else prompt
-        return NullStream(self, tuple(tokens), params, model, request_id, record, source)
+        return NullStream(
+            self, tuple(tokens), params, model, request_id, record, source, request_class
+        )
 
     def model_names(self) -> tuple[NullModel, ...]:
         """The base and the live adapters."""
@@ -551,7 +564,12 @@ class NullRuntime:
             plan_s=0.0,
             commit_s=0.0,
             deliver_s=0.0,
+            schedule=self.records.statistics(self.schedule),
         )
+
+    def timeline(self, last_s: float | None = None) -> TimelineSnapshot:
+        """The steps, and whatever a test has added to `records`."""
+        return self.records.snapshot(last_s)
 
     def describe(self) -> Mapping[str, object]:
         """Nothing was chosen."""
@@ -582,6 +600,11 @@ class NullRuntime:
         """Requests between admission and release."""
         return len(self._live)
 
+    @property
+    def streams(self) -> tuple[NullStream, ...]:
+        """Their streams, in order of admission."""
+        return tuple(self._live)
+
     async def wait_live(self, count: int) -> None:
         """Wait until exactly `count` requests are live."""
         while len(self._live) != count:
@@ -591,8 +614,32 @@ class NullRuntime:
         """Give each live completion a token, `times` over."""
         for _ in range(times):
             self._counts["steps"] += 1
-            for stream in self._live:
-                self._counts["generated"] += stream.advance()
+            started_s = time.monotonic()
+            tokens = sum(stream.advance() for stream in self._live)
+            self._counts["generated"] += tokens
+            self.records.add_iteration(self._record_of_step(started_s, tokens))
+
+    def _record_of_step(self, started_s: float, tokens: int) -> IterationRecord:
+        return IterationRecord(
+            index=self._counts["steps"],
+            started_s=started_s,
+            ended_s=time.monotonic(),
+            plan_s=0.0,
+            decodes=tokens,
+            prefill_tokens=0,
+            admissions=0,
+            preemptions=0,
+            context_tokens=0,
+            predicted_s=None,
+            margin=1.0,
+            slack_s=math.inf,
+            budget_tokens=self._max_requests,
+            started_quantum=None,
+            is_holding=False,
+            beside_training=0.0,
+            memory_threshold=None,
+            running=len(self._live),
+        )
 
     def fail_all(self, error: Exception) -> None:
         """End all live requests with an error."""

@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from ..runtime.learning.events import Acknowledgement, FeedbackEvent
     from ..runtime.learning.status import LearningStatus
     from ..runtime.learning.versions import VersionRecord
+    from ..runtime.scheduling.statistics import ScheduleStatistics
+    from ..runtime.scheduling.timeline import TimelineSnapshot
     from ..runtime.types import (
         AdapterVersion,
         Delta,
         Message,
+        RequestClass,
         Response,
         SamplingParams,
         TokenLogprob,
@@ -228,6 +231,10 @@ class Statistics(Protocol):
     def deliver_s(self) -> float:
         """Seconds in making text of tokens and waking readers."""
 
+    @property
+    def schedule(self) -> ScheduleStatistics:
+        """What the scheduler did."""
+
 
 class Listener(Protocol):
     """Is told what happens to requests. Called on the event loop; must be quick and not raise."""
@@ -271,14 +278,16 @@ class Backend(Protocol):
         *,
         model: str | None = None,
         priority: int = 0,
+        request_class: RequestClass = "interactive",
         request_id: str | None = None,
         record: bool | None = None,
         source: str | None = None,
     ) -> Stream:
         """Answer a conversation.
 
-        `record` keeps the answer, so that feedback can name it (None: as configured); `source`
-        says whose it is.
+        `request_class` says whether somebody waits for each token, or for the whole some time;
+        `record` keeps the answer, so that feedback can name it (None: as configured); `source` says
+        whose it is.
         """
 
     def complete(
@@ -288,6 +297,7 @@ class Backend(Protocol):
         *,
         model: str | None = None,
         priority: int = 0,
+        request_class: RequestClass = "interactive",
         request_id: str | None = None,
         record: bool | None = None,
         source: str | None = None,
@@ -339,6 +349,12 @@ class Backend(Protocol):
 
     def statistics(self) -> Statistics:
         """A snapshot."""
+
+    def timeline(self, last_s: float | None = None) -> TimelineSnapshot:
+        """What iterations and quanta did of late, or of that what ended in the last seconds.
+
+        Its times are those of `time.monotonic()`.
+        """
 
     def describe(self) -> Mapping[str, object]:
         """What was chosen at start: device, dtype, attention, page size ..."""

@@ -37,15 +37,16 @@ class ChatAnswer:
     ) -> None:
         self._request = request
         self._stream = stream
+        tier = request.service_tier
         self._envelope = Envelope(
-            id, "chat.completion", created, stream.model, stream.adapter_version
+            id, "chat.completion", created, stream.model, stream.adapter_version, tier
         )
         self._logprobs = LogprobFormatter(
             codec, top=request.params.logprobs or 0, as_ids=request.tokens_as_ids
         )
         self._prompt_logprobs = LogprobFormatter(codec, top=request.prompt_logprobs or 0)
         self._head = Envelope(
-            id, "chat.completion.chunk", created, stream.model, stream.adapter_version
+            id, "chat.completion.chunk", created, stream.model, stream.adapter_version, tier
         ).chunk_head()
         n = request.params.n
         self._content_heads = [

@@ -47,7 +47,12 @@ class CompletionAnswer:
         self._request = request
         self._stream = stream
         self._envelope = Envelope(
-            id, "text_completion", created, stream.model, stream.adapter_version
+            id,
+            "text_completion",
+            created,
+            stream.model,
+            stream.adapter_version,
+            request.service_tier,
         )
         self._logprobs = LogprobFormatter(
             codec, top=request.params.logprobs or 0, as_ids=request.tokens_as_ids

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from .. import __version__
+from ..runtime.scheduling.statistics import DECISION_BUCKETS_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -140,6 +141,7 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """All families, ours first."""
         yield from self._ours()
+        yield from self._schedule()
         yield from self._feedback()
         yield from self._learning()
         yield from self._as_vllm()
@@ -222,6 +224,81 @@ class Metrics:
         for route, histogram in self._http_seconds.items():
             histogram.add_to(seconds, [route])
         yield seconds
+
+    def _schedule(self) -> Iterator[Metric]:
+        """How iterations are planned, and what became of the plans."""
+        known = self._runtime.statistics().schedule
+        model = {"model": self._runtime.served_name}
+        yield _gauge(
+            "cotune_policy_info", "The policy that decides.", {**model, "policy": known.policy}, 1
+        )
+        decisions = HistogramMetricFamily(
+            "cotune_decision_seconds", "Observing and deciding.", labels=list(model)
+        )
+        names = [*map(str, DECISION_BUCKETS_S), "+Inf"]
+        counts = zip(names, accumulate(known.decision_counts), strict=True)
+        decisions.add_metric(list(model.values()), list(counts), known.decision_s)
+        yield decisions
+        for name, text, value in (
+            ("cotune_batch_fill", "Share of the token budget that recent iterations used.",
+             known.fill),
+            ("cotune_prediction_bias", "Predicted over measured time of recent iterations, less 1.",
+             known.prediction_bias),
+            ("cotune_training_share", "Share of the recent past in which the training lane worked.",
+             known.training_share),
+            ("cotune_memory_threshold_bytes", "What may be taken beyond what is held now.",
+             known.memory_threshold),
+            ("cotune_interference", "Factor on an iteration while a quantum runs beside it.",
+             known.interference),
+            ("cotune_profile_stale", "1 while the profile is far from what is measured.",
+             int(known.is_profile_stale)),
+        ):  # fmt: skip
+            if value is not None:
+                yield _gauge(name, text, model, value)
+        error = GaugeMetricFamily(
+            "cotune_prediction_error",
+            "How far predictions of recent iterations were off, as a share of the time measured.",
+            labels=["model", "quantile"],
+        )
+        slack = GaugeMetricFamily(
+            "cotune_slack_seconds",
+            "Time until the next token was due when recent iterations began.",
+            labels=["model", "quantile"],
+        )
+        for family, quantile, value in (
+            (error, "0.5", known.prediction_error_p50),
+            (error, "0.95", known.prediction_error_p95),
+            (slack, "0.05", known.slack_p5_s),
+        ):
+            if value is not None:
+                family.add_metric([model["model"], quantile], value)
+        yield error
+        yield slack
+        for name, text, count in (
+            ("cotune_iteration_seconds", "Iterations on the device.", known.iteration_s),
+            ("cotune_iteration_tokens", "Tokens that iterations held.", known.tokens),
+            ("cotune_iteration_budget_tokens", "Tokens that they could have held.",
+             known.budget_tokens),
+            ("cotune_late_iterations", "Iterations that began after a token was due.",
+             known.late_iterations),
+            ("cotune_pauses", "Iterations given up for training.", known.pauses),
+            ("cotune_near_misses", "Times that memory was nearly used up.", known.near_misses),
+            ("cotune_out_of_memories", "Times that it was.", known.out_of_memories),
+            ("cotune_quantum_rows", "Rows that training quanta computed.", known.rows),
+            ("cotune_failed_quanta", "Training quanta that raised.", known.failed_quanta),
+            ("cotune_quantum_halvings", "Quanta cut in two for lack of memory.", known.halvings),
+            ("cotune_held_seconds", "Training quanta waiting at safepoints.", known.held_s),
+            ("cotune_holds", "Iterations during which training was told to wait.", known.holds),
+        ):  # fmt: skip
+            yield _counter(name, text, model, count)
+        for name, text, kinds in (
+            ("cotune_quanta", "Training quanta that ended.", known.quanta),
+            ("cotune_quantum_seconds", "What they took without the time held.", known.quantum_s),
+        ):
+            by_kind = CounterMetricFamily(name, text, labels=["model", "kind"])
+            for kind, amount in kinds.items():
+                by_kind.add_metric([model["model"], kind], amount)
+            yield by_kind
 
     def _feedback(self) -> Iterator[Metric]:
         """What came in. Events are those that are stored, so that deletion lowers their number."""

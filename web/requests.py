@@ -6,7 +6,7 @@ This is the only place where the web layer validates. Three rules decide about a
 - *refused*: we know it and know that ignoring it would change the answer that its caller wants
   (tools, JSON mode, beam search ...), so it gets a 400 unless its value asks for nothing;
 - *ignored*: all others, as vLLM does, with a line in the debug log. Clients send hints that belong
-  to other services (`metadata`, `service_tier` ...), and a server that refuses them helps
+  to other services (`metadata`, `verbosity` ...), and a server that refuses them helps
   nobody.
 
 Of a name that stands twice in one JSON object the last counts, as in most JSON readers.
@@ -19,7 +19,7 @@ import math
 import re
 import reprlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 
@@ -35,7 +35,10 @@ from ..runtime.types import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..runtime.types import RequestClass
     from .settings import ServerSettings
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,10 @@ class GenerateRequest:
     params: SamplingParams
     streaming: StreamOptions
     priority: int = 0
+    request_class: RequestClass = "interactive"
+    """`request_class`, else what `service_tier` says: "flex" is "batch"."""
+    names_service_tier: bool = False
+    """Whether `service_tier` was given, so that the answer says which it got."""
     request_id: str | None = None
     return_token_ids: bool = False
     """vLLM's: put token ids beside the text."""
@@ -80,6 +87,13 @@ class GenerateRequest:
     """`store`: keep the answer so that feedback can name it; None is as the server is set."""
     source: str | None = None
     """`safety_identifier`, or its older name `user`: whose request it is."""
+
+    @property
+    def service_tier(self) -> str | None:
+        """The tier that the answer names; None where the request named none."""
+        if not self.names_service_tier:
+            return None
+        return "flex" if self.request_class == "batch" else "default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +251,8 @@ def parse_chat(body: Mapping[str, Any], settings: ServerSettings) -> ChatRequest
         ),
         streaming=streaming,
         priority=_priority(fields),
+        request_class=_request_class(fields),
+        names_service_tier=fields.get("service_tier") is not None,
         request_id=_request_id(fields),
         return_token_ids=fields.boolean("return_token_ids", False),
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids", False),
@@ -292,6 +308,8 @@ def parse_completion(
         ),
         streaming=streaming,
         priority=_priority(fields),
+        request_class=_request_class(fields),
+        names_service_tier=fields.get("service_tier") is not None,
         request_id=_request_id(fields),
         return_token_ids=fields.boolean("return_token_ids", False),
         tokens_as_ids=fields.boolean("return_tokens_as_token_ids", False),
@@ -424,6 +442,15 @@ _REFUSED_IN_TOKENIZE: Final[dict[str, tuple[object, ...]]] = {
 }
 
 
+_CLASS_OF_TIER: Final[dict[str, RequestClass]] = {
+    "auto": "interactive",
+    "default": "interactive",
+    "priority": "interactive",
+    "flex": "batch",
+}
+_CLASSES: Final[dict[str, RequestClass]] = {"interactive": "interactive", "batch": "batch"}
+
+
 class _Fields:
     """Reads typed fields out of a JSON object and remembers which were asked for."""
 
@@ -504,6 +531,18 @@ class _Fields:
                 param=self._prefix + name,
             )
         return value
+
+    def choice(self, name: str, meanings: Mapping[str, T]) -> T | None:
+        """What one of the words in `meanings` stands for."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, str) or value not in meanings:
+            raise RequestError(
+                f"{self._prefix}{name} is {_show(value)}; it must be one of {', '.join(meanings)}",
+                param=self._prefix + name,
+            )
+        return meanings[value]
 
     def refuse(self, fields: Mapping[str, tuple[object, ...]]) -> None:
         """Raise for a field that is not supported, unless its value asks for nothing."""
@@ -801,6 +840,13 @@ def _check_response_format(fields: _Fields) -> None:
 
 def _priority(fields: _Fields) -> int:
     return fields.integer("priority", 0, -_INT_LIMIT, _INT_LIMIT)
+
+
+def _request_class(fields: _Fields) -> RequestClass:
+    """Ours is the more specific, so it wins; the tier is checked all the same."""
+    tier = fields.choice("service_tier", _CLASS_OF_TIER)
+    given = fields.choice("request_class", _CLASSES)
+    return given or tier or "interactive"
 
 
 def _record(fields: _Fields) -> bool | None:

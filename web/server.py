@@ -28,6 +28,7 @@ from .metrics import Metrics
 from .page import add_page
 from .routes import Routes
 from .settings import ServerSettings
+from .timeline import TimelineRoutes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -71,6 +72,7 @@ def make_app(runtime: Backend, settings: ServerSettings) -> web.Application:
     app.add_routes(routes.table())
     app.add_routes(feedback.table())
     app.add_routes(AdapterRoutes(runtime, settings).table())
+    app.add_routes(TimelineRoutes(runtime).table())
     add_page(app)
 
     async def listen(app: web.Application) -> AsyncIterator[None]:

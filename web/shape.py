@@ -27,16 +27,21 @@ class Envelope:
     created: int
     model: str
     adapter_version: AdapterVersion
+    service_tier: str | None = None
+    """Told where the request named one."""
 
     def fields(self) -> dict[str, Any]:
         """In the order the OpenAI API sends them."""
-        return {
+        fields: dict[str, Any] = {
             "id": self.id,
             "object": self.kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": fingerprint(self.adapter_version),
         }
+        if self.service_tier is not None:
+            fields["service_tier"] = self.service_tier
+        fields["system_fingerprint"] = fingerprint(self.adapter_version)
+        return fields
 
     def chunk_head(self) -> bytes:
         """An event's bytes up to and including ``"choices":[``."""

@@ -77,6 +77,19 @@ async def test_a_stream_is_role_then_text_then_finish() -> None:
         ]
 
 
+async def test_the_tier_is_named_in_every_chunk_and_in_the_whole_answer() -> None:
+    async with answering(max_tokens=2, stream=True, service_tier="flex") as (
+        runtime,
+        stream,
+        answer,
+    ):
+        runtime.step(2)
+        told = events(answer.chunks(stream.take_nowait())) + events(answer.usage_chunk())
+        assert len(told) == 4
+        assert {event["service_tier"] for event in told} == {"flex"}
+        assert answer.body()["service_tier"] == "flex"
+
+
 async def test_the_template_is_the_plain_form() -> None:
     async with answering(max_tokens=3, stream=True) as (runtime, stream, answer):
         runtime.step()

@@ -42,6 +42,18 @@ async def answering(
         )
 
 
+async def test_the_tier_that_was_asked_for_is_named() -> None:
+    async with answering(max_tokens=1, stream=True, service_tier="priority") as (
+        runtime,
+        (stream,),
+        (answer,),
+    ):
+        runtime.step()
+        (chunk,) = events(answer.chunks(stream.take_nowait()))
+        assert chunk["service_tier"] == "default"
+        assert CompletionAnswer.body([answer])["service_tier"] == "default"
+
+
 async def test_chunks_carry_text_and_the_last_one_the_reason() -> None:
     async with answering(max_tokens=2, stream=True) as (runtime, (stream,), (answer,)):
         text = text_of(stream.prompt_token_ids, 2)

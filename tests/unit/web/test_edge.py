@@ -271,7 +271,8 @@ async def test_the_page_loads_nothing_from_elsewhere() -> None:
             page = await response.text()
         assert "http://" not in page
         assert "https://" not in page
-        assert "/v1/chat/completions" in page
+        for path in ("/v1/chat/completions", "/v1/timeline", "/metrics"):
+            assert path in page
 
 
 # Failures of our own.

@@ -7,6 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cotune.runtime.errors import RequestError
 from cotune.runtime.learning.status import AdapterLearning
+from cotune.runtime.scheduling.statistics import ScheduleStatistics
+from cotune.runtime.scheduling.timeline import IterationRecord, QuantumRecord
 from cotune.runtime.types import SamplingParams
 from cotune.tools.null_learning import NullLearning
 from cotune.tools.null_runtime import TOTAL_PAGES, NullRuntime
@@ -167,12 +169,76 @@ async def test_feedback_and_what_was_learned_are_told_by_adapter() -> None:
         assert value(metrics, "cotune_win_rate", adapter="tiny", weights="base") == 0.5
 
 
+async def test_what_the_scheduler_did_is_told() -> None:
+    async with NullRuntime(served_name="tiny", manual=True) as runtime:
+        metrics = Metrics(runtime)
+        runtime.schedule = ScheduleStatistics(
+            policy="cotune",
+            training_share=0.25,
+            memory_threshold=1 << 30,
+            near_misses=3,
+            out_of_memories=1,
+            interference=1.5,
+            is_profile_stale=True,
+        )
+        for plan_s, slack_s, expected_s in ((0.0003, 0.5, 0.5), (9.0, -0.5, None)):
+            runtime.records.add_iteration(
+                IterationRecord(
+                    index=1, started_s=0.0, ended_s=1.0, plan_s=plan_s, decodes=3,
+                    prefill_tokens=1, admissions=0, preemptions=0, context_tokens=0,
+                    predicted_s=expected_s, margin=1.0, slack_s=slack_s, budget_tokens=8,
+                    started_quantum=None, is_holding=True, beside_training=0.0,
+                    memory_threshold=None,
+                )
+            )  # fmt: skip
+        for kind, error in (("forward", None), ("forward", "it failed"), ("step", None)):
+            runtime.records.add_quantum(
+                QuantumRecord("tiny", kind, 8, 1, 0.0, 3.0, 1.0, None, 2, error)
+            )
+        runtime.records.pause()
+        assert value(metrics, "cotune_policy_info", model="tiny", policy="cotune") == 1
+        for name, expected in (
+            ("decision_seconds_count", 2),
+            ("decision_seconds_sum", 9.0003),
+            ("batch_fill", 0.5),
+            ("prediction_bias", -0.5),
+            ("training_share", 0.25),
+            ("memory_threshold_bytes", 1 << 30),
+            ("interference", 1.5),
+            ("profile_stale", 1),
+            ("iteration_seconds_total", 2),
+            ("iteration_tokens_total", 8),
+            ("iteration_budget_tokens_total", 16),
+            ("late_iterations_total", 1),
+            ("pauses_total", 1),
+            ("near_misses_total", 3),
+            ("out_of_memories_total", 1),
+            ("quantum_rows_total", 24),
+            ("failed_quanta_total", 1),
+            ("quantum_halvings_total", 6),
+            ("held_seconds_total", 3),
+            ("holds_total", 2),
+        ):
+            assert value(metrics, f"cotune_{name}", model="tiny") == pytest.approx(expected), name
+        buckets = "cotune_decision_seconds_bucket"
+        assert value(metrics, buckets, le="0.0002") == 0
+        assert value(metrics, buckets, le="0.0005") == 1
+        assert value(metrics, buckets, le="+Inf") == 2
+        assert value(metrics, "cotune_prediction_error", quantile="0.95") == 0.5
+        assert value(metrics, "cotune_slack_seconds", quantile="0.05") == -0.5
+        assert value(metrics, "cotune_quanta_total", kind="forward") == 2
+        assert value(metrics, "cotune_quantum_seconds_total", kind="step") == 2
+
+
 async def test_what_is_not_known_yet_has_no_sample() -> None:
     async with NullRuntime(learning=NullLearning("null")) as runtime:
         text = Metrics(runtime).render().decode()
         assert "cotune_live_version{" in text
         assert "cotune_training_loss{" not in text
         assert "cotune_win_rate{" not in text
+        assert "cotune_training_share{" in text
+        for name in ("batch_fill", "memory_threshold_bytes", "prediction_error", "slack_seconds"):
+            assert f"cotune_{name}{{" not in text, name
 
 
 async def test_every_family_is_valid_prometheus_text_with_a_help_line() -> None:

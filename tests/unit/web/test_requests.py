@@ -50,6 +50,29 @@ def test_who_asks_and_whether_to_record_it_arrive(parse: Any) -> None:
     assert parse(user="ann", safety_identifier="bob").source == "bob"
 
 
+@pytest.mark.parametrize("parse", [chat, completion])
+@pytest.mark.parametrize(
+    ("fields", "request_class", "tier"),
+    [
+        ({}, "interactive", None),
+        ({"service_tier": None}, "interactive", None),
+        ({"service_tier": "auto"}, "interactive", "default"),
+        ({"service_tier": "default"}, "interactive", "default"),
+        ({"service_tier": "priority"}, "interactive", "default"),
+        ({"service_tier": "flex"}, "batch", "flex"),
+        ({"request_class": "batch"}, "batch", None),
+        ({"request_class": "interactive"}, "interactive", None),
+        ({"request_class": "batch", "service_tier": "auto"}, "batch", "flex"),
+        ({"request_class": "interactive", "service_tier": "flex"}, "interactive", "default"),
+    ],
+)
+def test_a_tier_is_a_class_of_requests_and_the_answer_names_the_one_it_got(
+    parse: Any, fields: dict[str, Any], request_class: str, tier: str | None
+) -> None:
+    request = parse(**fields)
+    assert (request.request_class, request.service_tier) == (request_class, tier)
+
+
 def test_feedback_is_one_event_or_a_bounded_list_of_them() -> None:
     few = ServerSettings(max_feedback_events=2)
     assert parse_feedback(b'{"id": "a"}', few) == {"id": "a"}
@@ -149,7 +172,8 @@ def test_null_is_the_same_as_leaving_a_field_out() -> None:
     names = (
         "n max_tokens min_tokens temperature top_p top_k min_p repetition_penalty logit_bias seed "
         "stop stop_token_ids logprobs top_logprobs stream stream_options response_format tools "
-        "tool_choice functions model priority request_id user add_generation_prompt ignore_eos"
+        "tool_choice functions model priority request_id user add_generation_prompt ignore_eos "
+        "request_class service_tier"
     )
     assert chat(**dict.fromkeys(names.split())) == chat()
 
@@ -233,8 +257,8 @@ def test_unknown_fields_are_ignored_and_named_in_the_debug_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.DEBUG, logger="cotune.web.requests"):
-        assert chat(service_tier="auto", metadata={"a": 1}, no_such_field=3) == chat()
-    assert "['metadata', 'no_such_field', 'service_tier']" in caplog.text
+        assert chat(verbosity="low", metadata={"a": 1}, no_such_field=3) == chat()
+    assert "['metadata', 'no_such_field', 'verbosity']" in caplog.text
 
 
 def test_usage_in_every_chunk_needs_usage_at_the_end() -> None:

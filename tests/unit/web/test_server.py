@@ -62,6 +62,23 @@ async def test_two_servers_live_in_one_process() -> None:
         assert names == ["one", "two"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_the_class_of_a_request_reaches_the_runtime(path: str) -> None:
+    async with (
+        NullRuntime(manual=True) as runtime,
+        serving(runtime) as server,
+        http(server) as client,
+    ):
+        body = {**HELLO, "prompt": "x", "service_tier": "flex"}
+        answer = asyncio.ensure_future(client.post(path, json=body))
+        await runtime.wait_live(1)
+        (stream,) = runtime.streams
+        assert stream.request_class == "batch"
+        runtime.step(3)
+        async with await answer as response:
+            assert (await response.json())["service_tier"] == "flex"
+
+
 async def test_readiness_follows_the_runtime() -> None:
     async with NullRuntime() as runtime, serving(runtime) as server, http(server) as client:
         async with client.get("/ready") as response:
