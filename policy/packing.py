@@ -75,6 +75,7 @@ class Room:
         "_asked",
         "_available",
         "_bytes",
+        "_has_started",
         "_headroom",
         "_is_alone",
         "_is_lane_busy",
@@ -135,6 +136,7 @@ class Room:
         self._training_token = memory.training_token if memory is not None else 0.0
         if self._prefill_token:
             self._bytes -= len(self.decodes) * self._prefill_token
+        self._has_started = False  # a quantum that takes memory
         self._asked = 0  # pages of the one that was let in last
         self._prefills: list[Chunk] = []
         self._admissions: list[Chunk] = []
@@ -157,7 +159,7 @@ class Room:
             if tokens * self._prefill_token > left:
                 self.is_short = True
                 fitting = int(max(0.0, left) // self._prefill_token)
-                if fitting == 0 and not self.has_work:
+                if fitting == 0 and not self.has_work and not self._has_started:
                     fitting = ALONE_TOKENS
                 tokens = min(tokens, fitting)
         return tokens
@@ -246,6 +248,7 @@ class Room:
                 if allowed:
                     rows = min(rows, allowed)
                 self._bytes -= rows * self._training_token
+                self._has_started = True
             return TrainingPlan(offer.key, rows if rows < offer.tokens else 0)
         return TrainingPlan(again_s=MEMORY_AGAIN_S) if is_refused else TrainingPlan()
 
@@ -290,7 +293,7 @@ class Room:
 
     def _is_last_resort(self, pages: int) -> bool:
         """Whether a sequence starts although it does not fit: nothing else can move on."""
-        if not self._is_alone:
+        if not self._is_alone or self._has_started:
             return False
         return pages > self._available or not self._is_lane_busy
 
