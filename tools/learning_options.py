@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..runtime.learning.config import LOSSES, LearningConfig
+from ..runtime.learning.config import LOSSES, SAMPLE_PRIORITIES, LearningConfig
 
 
 class _Flag(NamedTuple):
@@ -119,6 +119,13 @@ _TRAINING = (
         "NORM",
         "gradients are clipped to",
     ),
+    _Flag(
+        "--average-decay",
+        "learning.training.average_decay",
+        float,
+        "DECAY",
+        "candidates average the steps' weights, each counting this times the next; 0: the last",
+    ),
     _Flag("--batch-size", "learning.training.batch_size", int, "N", "samples per optimizer step"),
     _Flag(
         "--batch-wait-s",
@@ -162,6 +169,14 @@ _TRAINING = (
         int,
         "N",
         "replayed half as often when this many samples have come after",
+    ),
+    _Flag(
+        "--sample-priority",
+        "learning.training.sample_priority",
+        str,
+        None,
+        "which of the new feedback is trained on first",
+        SAMPLE_PRIORITIES,
     ),
     _Flag("--buffer-size", "learning.training.buffer_size", int, "N", "most recent samples in use"),
     _Flag(

@@ -15,6 +15,7 @@ from pathlib import Path  # noqa: TC003 - annotations are inspected at run time
 from ..errors import ConfigError
 
 LOSSES = ("sigmoid", "robust", "ipo", "sigmoid_norm")
+SAMPLE_PRIORITIES = ("none", "learnability", "loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,9 @@ class TrainingConfig:
     """Of AdamW, decoupled: each step takes learning_rate times this share of the adapter away."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
+    average_decay: float = 0.0
+    """Candidates are an average of the weights after each step; a step counts this times as much
+    as the one after it; [0, 1). 0: the last step's weights."""
     batch_size: int = 16
     """Samples per optimizer step."""
     batch_wait_s: float = 5.0
@@ -95,6 +99,9 @@ class TrainingConfig:
     """How often a sample is trained on as new, before it is left to replay."""
     replay_share: float = 0.25
     """Share of a batch that comes from earlier feedback, against forgetting; [0, 1)."""
+    sample_priority: str = "none"
+    """Which of the new samples go first beside the least trained: those from which there is most
+    to learn (learnability), those with the highest loss (loss), or any (none)."""
     replay_half_life: int = 40
     """A sample is replayed half as often when this many have come after it."""
     buffer_size: int = 4096
@@ -123,6 +130,7 @@ class TrainingConfig:
         _check("learning.training.warmup_steps", self.warmup_steps, 0)
         _check("learning.training.weight_decay", self.weight_decay, 0.0)
         _check("learning.training.max_grad_norm", self.max_grad_norm, 0.0, is_open=True)
+        _check("learning.training.average_decay", self.average_decay, 0.0, 1.0, is_open_above=True)
         _check("learning.training.batch_size", self.batch_size, 1)
         _check("learning.training.batch_wait_s", self.batch_wait_s, 0.0)
         _check("learning.training.checkpoint_steps", self.checkpoint_steps, 1)
@@ -132,6 +140,12 @@ class TrainingConfig:
         _check("learning.training.epochs", self.epochs, 1)
         _check("learning.training.replay_share", self.replay_share, 0.0, 1.0, is_open_above=True)
         _check("learning.training.replay_half_life", self.replay_half_life, 1)
+        if self.sample_priority not in SAMPLE_PRIORITIES:
+            raise _wrong(
+                "learning.training.sample_priority",
+                self.sample_priority,
+                f"use one of {', '.join(SAMPLE_PRIORITIES)}",
+            )
         _check("learning.training.buffer_size", self.buffer_size, 1)
         _check("learning.training.max_source_share", self.max_source_share, 0.0, 1.0, is_open=True)
         _check("learning.training.threads", self.threads, 1)

@@ -1,6 +1,6 @@
 """Which samples the next batch holds: new feedback first, some earlier feedback beside it.
 
-    new        trained on fewer than `epochs` times      the rest of the batch, newest first
+    new        trained on fewer than `epochs` times      the rest of the batch, least trained first
     earlier    trained on as often as that               `replay_share` of the batch, against
                                                          forgetting (Rolnick et al. 2019)
 
@@ -9,13 +9,22 @@ after them: users' needs drift, and what they wanted long ago may be the opposit
 now.
 No source fills more than its share of a batch while others have something to say.
 
+What training on a sample has done so far can say when it is its turn (`sample_priority`): one from
+which little is to be learned, or whose loss is low, waits as if it had been trained on up to
+`SINK_VISITS` times more. It still has all its turns, only later, when there are more of others.
+
 Deterministic: the order follows from the seed, the samples and the calls. Owned by one learner.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...policy.learnability import UNSEEN, SampleHistory
+from ..scheduling.desk import Outlook
+from .samples import PreferencePair
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -24,14 +33,29 @@ if TYPE_CHECKING:
     from .samples import Sample
 
 
+SINK_VISITS = 2.0
+"""By so many visits the least promising sample stands behind the most promising one."""
+_NO_MARGIN = math.log(2.0)
+_NO_RATIO = 0.5
+
+
+class _Drawn(NamedTuple):
+    """A batch that is not taken yet, and the random state once it is."""
+
+    keys: list[int]
+    random: tuple[Any, ...]
+
+
 class ReplayBuffer:
-    """The samples that a learner may train on, and how often it has."""
+    """The samples that a learner may train on, how often it has, and what came of it."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
         self._samples: dict[int, Sample] = {}  # in order of their keys, oldest first
         self._visits: dict[int, int] = {}
+        self._histories: dict[int, SampleHistory] = {}
         self._random = random.Random(config.seed)
+        self._drawn: _Drawn | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -59,12 +83,52 @@ class ReplayBuffer:
         """Take the store's current samples, oldest first; those that are gone are dropped."""
         self._samples = {sample.key: sample for sample in samples}
         self._visits = {key: n for key, n in self._visits.items() if key in self._samples}
+        self._histories = {k: seen for k, seen in self._histories.items() if k in self._samples}
+        self._drawn = None
+
+    def outlook(self) -> Outlook:
+        """What `next_batch` would give now is worth, both 0 for nothing. No side effects."""
+        keys = self._draw().keys
+        if not keys:
+            return Outlook(0.0, 0.0)
+        losses, signals = 0.0, 0.0
+        for key in keys:
+            history = self._histories.get(key, UNSEEN)
+            losses += history.left * self._untrained_loss(self._samples[key])
+            signals += history.signal
+        return Outlook(losses / len(keys), signals / len(keys))
 
     def next_batch(self) -> list[Sample]:
         """The samples of the next optimizer step; empty when no new feedback is left.
 
         They count as trained on from now on.
         """
+        keys, random_state = self._draw()
+        self._random.setstate(random_state)
+        self._drawn = None
+        for key in keys:
+            self._visits[key] = self._visits.get(key, 0) + 1
+        return [self._samples[key] for key in keys]
+
+    def note_losses(self, losses: Iterable[tuple[int, float]]) -> None:
+        """Take in the (key, loss) that a step reported; of samples that are gone: nothing."""
+        for key, loss in losses:
+            sample = self._samples.get(key)
+            if sample is not None:
+                history = self._histories.get(key, UNSEEN)
+                self._histories[key] = history.after(loss, self._untrained_loss(sample))
+        self._drawn = None
+
+    def _draw(self) -> _Drawn:
+        """The next batch, chosen once, however often it is asked for; nothing else changes."""
+        if self._drawn is None:
+            before = self._random.getstate()
+            keys = self._choose()
+            self._drawn = _Drawn(keys, self._random.getstate())
+            self._random.setstate(before)
+        return self._drawn
+
+    def _choose(self) -> list[int]:
         config = self._config
         visits, epochs = self._visits, config.epochs
         fresh = [key for key in self._samples if visits.get(key, 0) < epochs]
@@ -75,12 +139,29 @@ class ReplayBuffer:
         # Fewest visits first, so that every sample has its turn before any has a second one;
         # among equals at random, so that neighbours in time are not always in one batch.
         self._random.shuffle(fresh)
-        fresh.sort(key=lambda key: visits.get(key, 0))
+        fresh.sort(key=lambda key: visits.get(key, 0) + self._sink(key))
         chosen = self._capped(fresh, config.batch_size - replayed)
-        chosen += self._capped(self._shuffled_by_age(earlier), config.batch_size - len(chosen))
-        for key in chosen:
-            visits[key] = visits.get(key, 0) + 1
-        return [self._samples[key] for key in chosen]
+        return chosen + self._capped(
+            self._shuffled_by_age(earlier), config.batch_size - len(chosen)
+        )
+
+    def _sink(self, key: int) -> float:
+        """By how many visits a new sample stands behind the most promising one."""
+        history = self._histories.get(key, UNSEEN)
+        match self._config.sample_priority:
+            case "learnability":
+                return SINK_VISITS * (1.0 - history.signal)
+            case "loss":
+                return SINK_VISITS * (1.0 - min(1.0, history.left))
+            case _:
+                return 0.0
+
+    def _untrained_loss(self, sample: Sample) -> float:
+        """Its loss before any training: no margin, no ratio."""
+        config = self._config
+        if not isinstance(sample, PreferencePair):
+            return _NO_RATIO
+        return 1 / (4 * config.beta**2) if config.loss == "ipo" else _NO_MARGIN
 
     def _capped(self, keys: list[int], size: int) -> list[int]:
         """The first `size` of `keys`, no source above its share unless places would stay empty."""
@@ -116,12 +197,23 @@ class ReplayBuffer:
         version, internal, gauss = self._random.getstate()
         return {
             "visits": {str(key): count for key, count in self._visits.items()},
+            "histories": {str(key): list(seen) for key, seen in self._histories.items()},
             "random": [version, list(internal), gauss],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take a `state` back. Samples that have come or gone since are as `update` says."""
+        """Take a `state` back. Samples that have come or gone since are as `update` says.
+
+        One of before there were histories begins without them.
+        """
         visits = {int(key): int(count) for key, count in state["visits"].items()}
         self._visits = {key: count for key, count in visits.items() if key in self._samples}
+        histories = {int(key): seen for key, seen in state.get("histories", {}).items()}
+        self._histories = {
+            key: SampleHistory(int(seen[0]), *map(float, seen[1:]))
+            for key, seen in histories.items()
+            if key in self._samples
+        }
         version, internal, gauss = state["random"]
         self._random.setstate((version, tuple(internal), gauss))
+        self._drawn = None

@@ -61,12 +61,12 @@ class LoraLinear:
             return F.linear(x, self._weight, self._bias)
         return lora_linear(x, self._weight, self._bias, *adapter, self.scaling)
 
-    def set_anchor(self) -> None:
-        """Keep the present A and B, in the dtype of the products, as the anchor's."""
-        dtype = self._weight.dtype
+    def set_anchor(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Keep copies of A and B, in the dtype of the products, as the anchor's."""
+        device, dtype = self._weight.device, self._weight.dtype
         self._anchor = (
-            self.a.detach().to(dtype, copy=True),
-            self.b.detach().to(dtype, copy=True),
+            a.detach().to(device, dtype, copy=True),
+            b.detach().to(device, dtype, copy=True),
         )
 
     def clear_anchor(self) -> None:

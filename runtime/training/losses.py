@@ -45,10 +45,12 @@ class PairLoss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RatedLoss:
-    """Of each rated completion, (B,): its loss, with gradient; its implicit reward, without."""
+    """Of each rated completion, (B,): its loss, with gradient; without, its implicit reward, and
+    the loss as it is without the weight."""
 
     loss: torch.Tensor
     reward: torch.Tensor
+    unweighted: torch.Tensor
 
 
 def pair_loss(
@@ -129,5 +131,5 @@ def kto_loss(
     ratio = logps - ref_logps
     side = torch.where(is_desirable, 1.0, -1.0).to(ratio)
     weight = torch.where(is_desirable, desirable_weight, undesirable_weight).to(ratio)
-    loss = weight * (1 - torch.sigmoid(beta * side * (ratio - z0)))
-    return RatedLoss(loss, beta * ratio.detach())
+    unweighted = 1 - torch.sigmoid(beta * side * (ratio - z0))
+    return RatedLoss(weight * unweighted, beta * ratio.detach(), unweighted.detach())

@@ -69,6 +69,7 @@ class Tally:
             below.
         chosen, rejected, liked, disliked: sums of implicit rewards.
         pairs, n_liked, n_disliked: how many are in those sums.
+        losses: each sample's key and loss, without weights and further terms; pairs first.
     """
 
     loss: float = 0.0
@@ -81,6 +82,7 @@ class Tally:
     pairs: int = 0
     n_liked: int = 0
     n_disliked: int = 0
+    losses: tuple[tuple[int, float], ...] = ()
 
     def __add__(self, other: Tally) -> Tally:
         names = [f.name for f in fields(self)]
@@ -179,6 +181,7 @@ def part_loss(
             chosen=sum(high),
             rejected=sum(low),
             pairs=len(pairs),
+            losses=tuple((s.key, x) for (_, s), x in zip(pairs, losses, strict=True)),
         )
     rated = [
         (i, s) for i, s in zip(rows, samples, strict=True) if not isinstance(s, PreferencePair)
@@ -197,7 +200,7 @@ def part_loss(
             undesirable_weight=config.undesirable_weight,
         )
         parts.append(kto.loss.sum() / counts.samples)
-        losses, rewards = torch.stack([kto.loss.detach(), kto.reward]).tolist()
+        losses, rewards = torch.stack([kto.unweighted, kto.reward]).tolist()
         not_finite += [s.key for (_, s), x in zip(rated, losses, strict=True) if not _finite(x)]
         liked = [r for r, is_up in zip(rewards, is_liked, strict=True) if is_up]
         disliked = [r for r, is_up in zip(rewards, is_liked, strict=True) if not is_up]
@@ -207,6 +210,7 @@ def part_loss(
             disliked=sum(disliked),
             n_liked=len(liked),
             n_disliked=len(disliked),
+            losses=tuple((s.key, x) for (_, s), x in zip(rated, losses, strict=True)),
         )
     if completions.kl is not None:
         kl = completions.kl.sum() / counts.completion_tokens

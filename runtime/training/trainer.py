@@ -11,6 +11,9 @@ without gradient, from completion i - 1 put to prompt i, cyclically among the ra
 A quantum that runs out of memory is dropped and run again over half the tokens. A sample that does
 not fit alone is set aside and the batch begins again without it, so that what is learned is exactly
 what the batch without it would teach. Where the loss or the gradient is not finite no step is made.
+
+What is published is not always what is trained: with `average_decay` the adapter that the trainer
+gives away (`weights`, `save_adapter`, the anchor) is an average over the last steps (average.py).
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ import torch
 from ..errors import AdapterLoadError, ConfigError
 from ..learning.samples import PreferencePair, RatedCompletion, Sample
 from ..lora import read_lora
+from .average import WeightAverage
 from .batches import Group, pack
 from .losses import kto_reference_point
 from .objective import BatchCounts, PartLoss, Tally, completions_of, part_loss
 from .optimizer import Optimizer
-from .tree import TrainingTree
+from .tree import TrainingTree, lora_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -50,7 +54,6 @@ _MAX_FAILED_STEPS = 3
 # The rate that was measured to be right at a hidden size of 256. What a change of an adapter does
 # to a layer's output grows with the layer's width (Yang et al. 2022, "Tensor Programs V").
 _RATE_TIMES_WIDTH = 0.256
-_LORA_NAME = "base_model.model.{module}.lora_{matrix}.default.weight"
 # What allocators and libraries say, where they do not raise torch.OutOfMemoryError.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "out of memory", "ALLOC_FAILED")
 
@@ -94,6 +97,9 @@ class StepReport:
         skipped: why no step was made and the weights are as before: "no_samples",
             "loss_not_finite", "gradient_not_finite" or "out_of_memory"; None if it was made.
         not_finite: keys of the samples whose loss was not finite, where that was the reason.
+        sample_losses: (key, loss) of each sample that was trained on, as it was before the step:
+            of the pair or the rating alone, without weights, SFT and KL. Empty where the loss is
+            NaN.
     """
 
     step: int
@@ -112,6 +118,7 @@ class StepReport:
     z0: float | None = None
     skipped: str | None = None
     not_finite: tuple[int, ...] = ()
+    sample_losses: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +127,7 @@ class TrainerState:
 
     Attributes:
         tensors: float32 copies on the CPU: "lora/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and,
-            where an anchor is set, "anchor/NAME".
+            where an anchor is set, "anchor/NAME"; where weights are averaged, "average/NAME".
         values: what else there is, as JSON.
     """
 
@@ -223,15 +230,24 @@ class Trainer:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
         )
+        self._average: WeightAverage | None = None
+        if config.average_decay > 0:
+            self._average = WeightAverage(self._lora, config.average_decay)
         self._initial = self._copy_lora()
         self._anchor: dict[str, torch.Tensor] | None = None
         self._batch: _Batch | None = None
         self._limit_tokens = config.quantum_tokens
+        self._out_of_memories = 0
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken."""
         return self._optimizer.steps
+
+    @property
+    def out_of_memories(self) -> int:
+        """Times that a quantum has run out of memory."""
+        return self._out_of_memories
 
     # --- a batch ----------------------------------------------------------------------------------
 
@@ -254,8 +270,16 @@ class Trainer:
         set_aside = [(sample.key, reason) for sample, reason in reasons if reason is not None]
         self._begin(fit, set_aside, halvings=0)
 
-    def next_quantum(self) -> Quantum | None:
-        """What `run_quantum` would do; None when no batch is under way."""
+    def next_quantum(self, max_tokens: int = 0) -> Quantum | None:
+        """What `run_quantum` would do with this limit; None when no batch is under way.
+
+        Args:
+            max_tokens: most rows of this quantum, below what is configured; it holds one sample at
+                least. 0: as configured. A backward is of what the forward before it computed, so
+                it cannot be cut.
+        """
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens is {max_tokens}; give 1 or more, or 0 for no limit")
         batch = self._batch
         if batch is None:
             return None
@@ -263,30 +287,35 @@ class Trainer:
             tokens = sum(batch.samples[i].tokens for i in batch.forward.samples)
             return Quantum(kind="backward", samples=len(batch.forward.samples), tokens=tokens)
         if batch.mismatched and not batch.not_finite:
-            indices, tokens = self._take(batch.mismatched, self._mismatched_cost(batch))
+            cost = self._mismatched_cost(batch)
+            indices, tokens = self._take(batch.mismatched, cost, max_tokens)
             return Quantum(kind="kl", samples=len(indices), tokens=tokens)
         if batch.waiting and not batch.not_finite:
-            indices, tokens = self._take(batch.waiting, self._forward_cost(batch))
+            indices, tokens = self._take(batch.waiting, self._forward_cost(batch), max_tokens)
             return Quantum(kind="forward", samples=len(indices), tokens=tokens)
         return Quantum(kind="step", samples=len(batch.samples), tokens=0)
 
-    def run_quantum(self) -> StepReport | None:
+    def run_quantum(self, max_tokens: int = 0) -> StepReport | None:
         """Run the next quantum; gives the report after the last one, the step.
 
-        An exception other than running out of memory abandons the batch and is raised.
+        How a batch is cut does not change what it teaches. An exception other than running out of
+        memory abandons the batch and is raised.
+
+        Args:
+            max_tokens: see `next_quantum`.
 
         Raises:
             RuntimeError: no batch is under way.
         """
-        batch, quantum = self._batch, self.next_quantum()
+        batch, quantum = self._batch, self.next_quantum(max_tokens)
         if batch is None or quantum is None:
             raise RuntimeError("no batch is under way; begin() one")
         try:
             match quantum.kind:
                 case "kl":
-                    self._run_mismatched(batch)
+                    self._run_mismatched(batch, max_tokens)
                 case "forward":
-                    self._run_forward(batch)
+                    self._run_forward(batch, max_tokens)
                 case "backward":
                     self._run_backward(batch)
                 case "step":
@@ -316,12 +345,12 @@ class Trainer:
     # --- weights ----------------------------------------------------------------------------------
 
     def weights(self) -> LoraWeights:
-        """Copies of the current weights, as a serving slot takes them."""
-        return self._tree.weights()
+        """Copies of what would be published now, as a serving slot takes them."""
+        return self._tree.weights(self._averaged)
 
     def save_adapter(self, path: Path) -> None:
-        """Write the current weights as a PEFT directory, which needs nothing of ours to load."""
-        self._tree.save_adapter(path)
+        """Write what `weights` gives as a PEFT directory, which needs nothing of ours to load."""
+        self._tree.save_adapter(path, self._averaged)
 
     def reset(self) -> None:
         """Start anew: the initial adapter, which changes nothing, and a fresh optimizer.
@@ -331,6 +360,8 @@ class Trainer:
         self.abandon()
         self._load_lora(self._initial)
         self._optimizer.reset()
+        if self._average is not None:
+            self._average.reset()
 
     def load_adapter(self, path: Path) -> None:
         """Start from the weights of a PEFT directory, with a fresh optimizer.
@@ -345,7 +376,7 @@ class Trainer:
         values = dict(self._initial)
         scaling = self._config.lora_alpha / self._config.lora_rank
         for module, pair in weights.modules.items():
-            name_a, name_b = (_LORA_NAME.format(module=module, matrix=m) for m in "AB")
+            name_a, name_b = lora_name(module, "A"), lora_name(module, "B")
             if name_a not in values:
                 raise AdapterLoadError(
                     f"{path} adapts {module}, which learning.training.target_modules "
@@ -361,9 +392,9 @@ class Trainer:
         self._load_lora(values)
 
     def set_anchor(self) -> None:
-        """The KL leash holds to the current weights from now on: they were published."""
-        self._tree.set_anchor()
-        self._anchor = self._copy_lora()
+        """The KL leash holds from now on to what `weights` gives: it was published."""
+        self._anchor = _copies(self._averaged or self._lora)
+        self._tree.set_anchor(self._anchor)
 
     def clear_anchor(self) -> None:
         """The KL leash holds to the base model from now on."""
@@ -376,10 +407,17 @@ class Trainer:
         tensors |= self._optimizer.state()
         if self._anchor is not None:
             tensors |= {f"anchor/{name}": value for name, value in self._anchor.items()}
-        return TrainerState(tensors, self._identity() | {"steps": self.steps})
+        values = self._identity() | {"steps": self.steps}
+        if self._average is not None:
+            values["averaged_steps"] = self._average.steps
+            for name, value in _copies(self._average.values).items():
+                tensors[f"average/{name}"] = value
+        return TrainerState(tensors, values)
 
     def restore(self, state: TrainerState) -> None:
         """Go back to a snapshot, or on from a checkpoint; drops the batch under way.
+
+        From one without an average, averaging begins anew; one that is not wanted is left out.
 
         Raises:
             ConfigError: it is of another adapter shape or format; nothing was changed.
@@ -387,13 +425,17 @@ class Trainer:
         self._check_state(state)
         self.abandon()
         tensors = state.tensors
-        if any(name.startswith("anchor/") for name in tensors):
-            self._load_lora(tensors, "anchor/")
-            self.set_anchor()
+        if anchor := _part(tensors, "anchor/"):
+            self._anchor = _copies(anchor)
+            self._tree.set_anchor(self._anchor)
         else:
             self.clear_anchor()
-        self._load_lora(tensors, "lora/")
+        self._load_lora(_part(tensors, "lora/"))
         self._optimizer.load(tensors, int(state.values["steps"]))
+        if self._average is not None:
+            average = _part(tensors, "average/")
+            steps = int(state.values.get("averaged_steps", 0)) if average else 0
+            self._average.load(average, steps)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """`snapshot`, as a checkpoint file takes it: tensors, and values that JSON can hold."""
@@ -424,9 +466,9 @@ class Trainer:
             waiting=deque(range(len(samples))),
         )
 
-    def _run_mismatched(self, batch: _Batch) -> None:
+    def _run_mismatched(self, batch: _Batch, max_tokens: int) -> None:
         """Log-ratios of completions to other prompts than their own."""
-        indices, _ = self._take(batch.mismatched, self._mismatched_cost(batch))
+        indices, _ = self._take(batch.mismatched, self._mismatched_cost(batch), max_tokens)
         packed = pack([self._mismatched(batch, i) for i in indices], self._device)
         with torch.no_grad():
             trained = self._tree.logps(packed, weights="trained").logps
@@ -434,9 +476,9 @@ class Trainer:
         batch.ratios += (trained - base).tolist()
         _drop(batch.mismatched, len(indices))
 
-    def _run_forward(self, batch: _Batch) -> None:
+    def _run_forward(self, batch: _Batch, max_tokens: int) -> None:
         """The objective on the next part of the batch, with its graph."""
-        indices, _ = self._take(batch.waiting, self._forward_cost(batch))
+        indices, _ = self._take(batch.waiting, self._forward_cost(batch), max_tokens)
         samples = [batch.samples[i] for i in indices]
         packed = pack([group for s in samples for group in self._groups(s)], self._device)
         with torch.enable_grad():
@@ -470,6 +512,8 @@ class Trainer:
             norm = self._optimizer.gradient_norm()
             if math.isfinite(norm):
                 self._optimizer.step(norm)
+                if self._average is not None:
+                    self._average.update()
             else:
                 skipped = "gradient_not_finite"
         if batch.halvings == 0:  # the memory was there: try larger quanta again
@@ -496,11 +540,13 @@ class Trainer:
             z0=batch.z0,
             skipped=skipped,
             not_finite=batch.not_finite,
+            sample_losses=tally.losses,
         )
 
     def _halve(self, batch: _Batch, quantum: Quantum) -> None:
         """The quantum ran out of memory: plan it again, smaller, or without its only sample."""
         batch.halvings += 1
+        self._out_of_memories += 1
         logger.info("a training quantum ran out of memory: %s", quantum)
         if quantum.kind == "step":  # it needs next to nothing, and changed nothing: try again
             batch.failed_steps += 1
@@ -519,14 +565,15 @@ class Trainer:
     # --- parts of a batch -------------------------------------------------------------------------
 
     def _take(
-        self, queue: Iterable[int], cost: Callable[[int], int]
+        self, queue: Iterable[int], cost: Callable[[int], int], max_tokens: int = 0
     ) -> tuple[tuple[int, ...], int]:
-        """The next samples, as many as the token limit allows but at least one; and their cost."""
+        """The next samples, as many as the token limits allow but at least one; and their cost."""
+        limit = min(self._limit_tokens, max_tokens) if max_tokens else self._limit_tokens
         taken: list[int] = []
         tokens = 0
         for index in queue:
             more = cost(index)
-            if taken and tokens + more > self._limit_tokens:
+            if taken and tokens + more > limit:
                 break
             taken.append(index)
             tokens += more
@@ -576,13 +623,18 @@ class Trainer:
 
     # --- state ------------------------------------------------------------------------------------
 
+    @property
+    def _averaged(self) -> Mapping[str, torch.Tensor] | None:
+        """The average of the weights; None where they are published as they are."""
+        return None if self._average is None else self._average.values
+
     def _copy_lora(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._lora.items()}
+        return _copies(self._lora)
 
     @torch.no_grad()
-    def _load_lora(self, tensors: Mapping[str, torch.Tensor], prefix: str = "") -> None:
+    def _load_lora(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self._lora.items():
-            parameter.copy_(tensors[prefix + name])
+            parameter.copy_(tensors[name])
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree on with this trainer."""
@@ -601,9 +653,11 @@ class Trainer:
         steps = state.values.get("steps")
         if not isinstance(steps, int) or steps < 0:
             raise _mismatch(f"its steps are {steps!r}, which is no count")
+        averaged = state.values.get("averaged_steps", 0)
+        if not isinstance(averaged, int) or averaged < 0:
+            raise _mismatch(f"its averaged_steps are {averaged!r}, which is no count")
         prefixes = ["lora/", "exp_avg/", "exp_avg_sq/"]
-        if any(name.startswith("anchor/") for name in state.tensors):
-            prefixes.append("anchor/")
+        prefixes += [p for p in ("anchor/", "average/") if _part(state.tensors, p)]
         expected = {p + name: value.shape for p in prefixes for name, value in self._lora.items()}
         found = {name: value.shape for name, value in state.tensors.items()}
         for name in sorted(expected.keys() | found.keys()):
@@ -629,6 +683,20 @@ def _references(sample: Sample) -> tuple[float, ...]:
     else:
         values = (sample.ref_logp,)
     return tuple(value for value in values if value is not None)
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _drop(queue: deque[int], count: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -27,10 +27,16 @@ from .lean import make_lean
 from .lora_linear import LoraLinear, WeightsChoice, WeightsName
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from .batches import PackedGroups
     from .safepoints import Safepoints
+
+
+def lora_name(path: str, matrix: Literal["A", "B"]) -> str:
+    """peft's name of a matrix of the linear at this path of the model."""
+    return f"base_model.model.{path}.lora_{matrix}.default.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -128,11 +134,14 @@ class TrainingTree:
             logps, kl = completion_logps(hidden, packed, self._head, anchor)
         return CompletionLogps(logps=logps, counts=packed.counts, kl=kl)
 
-    def set_anchor(self) -> None:
-        """Keep the present weights as those that `kl` measures from."""
+    def set_anchor(self, lora: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Keep weights as those that `kl` measures from: the present ones, or `lora`.
+
+        Here and below `lora` is by the names of `named_lora`, anywhere, and is copied.
+        """
         self._has_anchor = True
-        for linear in self._linears.values():
-            linear.set_anchor()
+        for path, linear in self._linears.items():
+            linear.set_anchor(*_pair(path, linear, lora))
 
     def clear_anchor(self) -> None:
         """Measure from the base model again."""
@@ -140,21 +149,28 @@ class TrainingTree:
         for linear in self._linears.values():
             linear.clear_anchor()
 
-    def weights(self) -> LoraWeights:
-        """Float32 copies on the CPU, as a serving slot takes them: alpha / R is in B."""
-        modules = {
-            path: LoraPair(
-                linear.a.detach().to("cpu", torch.float32, copy=True),
-                linear.b.detach().to("cpu", torch.float32, copy=True) * linear.scaling,
+    def weights(self, lora: Mapping[str, torch.Tensor] | None = None) -> LoraWeights:
+        """Float32 copies on the CPU, as a serving slot takes them: alpha / R is in B.
+
+        Of the present weights, or of `lora`.
+        """
+        modules = {}
+        for path, linear in sorted(self._linears.items()):
+            a, b = _pair(path, linear, lora)
+            modules[path] = LoraPair(
+                a.detach().to("cpu", torch.float32, copy=True),
+                b.detach().to("cpu", torch.float32, copy=True) * linear.scaling,
             )
-            for path, linear in sorted(self._linears.items())
-        }
         return LoraWeights(self._config.r, modules)
 
-    def save_adapter(self, path: Path) -> None:
-        """Write a PEFT directory: adapter_config.json and adapter_model.safetensors."""
+    def save_adapter(self, path: Path, lora: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write a PEFT directory: adapter_config.json and adapter_model.safetensors.
+
+        Of the present weights, or of `lora`.
+        """
         # Without save_embedding_layers=False peft looks for the base model's config on the network.
-        self._peft.save_pretrained(str(path), save_embedding_layers=False)
+        state = None if lora is None else dict(lora)
+        self._peft.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
 
     def _hidden(self, packed: PackedGroups, weights: WeightsName) -> torch.Tensor:
         """(T, D), after the last norm."""
@@ -263,6 +279,15 @@ def _check_targets(model: Any, names: list[str], given: str) -> None:
                 param="learning.training.target_modules",
                 code="invalid_config",
             )
+
+
+def _pair(
+    path: str, linear: LoraLinear, lora: Mapping[str, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a linear: those in training, or those of `lora`."""
+    if lora is None:
+        return linear.a, linear.b
+    return lora[lora_name(path, "A")], lora[lora_name(path, "B")]
 
 
 def _replace_linears(causal: Any, choice: WeightsChoice) -> dict[str, LoraLinear]:

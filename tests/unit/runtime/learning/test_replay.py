@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
 
 from cotune.runtime.learning.config import TrainingConfig
 from cotune.runtime.learning.replay import ReplayBuffer
-from cotune.runtime.learning.samples import PreferencePair
+from cotune.runtime.learning.samples import PreferencePair, RatedCompletion, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def pair(key: int, source: str = "a") -> PreferencePair:
@@ -23,7 +31,7 @@ def pair(key: int, source: str = "a") -> PreferencePair:
     )
 
 
-def buffer(samples: list[PreferencePair], **settings: object) -> ReplayBuffer:
+def buffer(samples: Sequence[Sample], **settings: object) -> ReplayBuffer:
     made = ReplayBuffer(TrainingConfig(**settings))  # type: ignore[arg-type]
     made.update(samples)
     return made
@@ -106,3 +114,150 @@ def test_a_restored_buffer_goes_on_exactly_where_it_was() -> None:
     restored = buffer(samples, batch_size=4, epochs=2)
     restored.restore(state)
     assert [restored.next_batch() for _ in range(10)] == expected
+
+
+# --- what training on a sample has done so far ----------------------------------------------------
+
+LN_2 = math.log(2.0)
+
+
+def rated(key: int) -> RatedCompletion:
+    return RatedCompletion(
+        key=key,
+        adapter="m",
+        source="a",
+        prompt_ids=(1,),
+        completion_ids=(2,),
+        is_desirable=True,
+        ref_logp=-1.0,
+    )
+
+
+def trained_once(priority: str, losses: dict[int, tuple[float, ...]]) -> ReplayBuffer:
+    """One visit of each sample, after which these losses were seen of it, in turn."""
+    replay = buffer(
+        [pair(key) for key in losses],
+        batch_size=len(losses),
+        epochs=3,
+        replay_share=0.0,
+        max_source_share=1.0,
+        sample_priority=priority,
+    )
+    replay.next_batch()
+    for key, seen in losses.items():
+        replay.note_losses((key, loss) for loss in seen)
+    return replay
+
+
+LEARNED, NOISE, FALLING = (LN_2, 0.01), (2.0, 2.0, 2.0, 2.0), (1.5, 1.0, 0.7)
+
+
+def small_batches(replay: ReplayBuffer, size: int) -> list[int]:
+    """Keys in the order in which batches of `size` would hold them."""
+    other = ReplayBuffer(dataclasses.replace(replay._config, batch_size=size))
+    other.update(replay._samples.values())
+    other.restore(replay.state())
+    return [sample.key for _ in range(3) for sample in other.next_batch()]
+
+
+def test_samples_from_which_most_is_to_be_learned_go_first() -> None:
+    replay = trained_once("learnability", {1: LEARNED, 2: NOISE, 3: FALLING})
+    assert small_batches(replay, 1)[0] == 3
+
+
+def test_by_loss_noise_goes_before_what_is_learned() -> None:
+    replay = trained_once("loss", {1: LEARNED, 2: NOISE})
+    assert small_batches(replay, 1)[0] == 2
+
+
+def test_a_sample_that_sinks_still_has_all_its_turns() -> None:
+    for priority in ("learnability", "loss"):
+        replay = trained_once(priority, {1: LEARNED, 2: NOISE, 3: FALLING})
+        turns: Counter[int] = Counter()
+        while batch := replay.next_batch():
+            turns.update(sample.key for sample in batch)
+            replay.note_losses((s.key, 0.01 if s.key == 1 else 2.0) for s in batch)
+        assert turns == {1: 2, 2: 2, 3: 2}
+
+
+def test_new_feedback_goes_before_any_that_was_trained_on() -> None:
+    replay = trained_once("learnability", {1: FALLING, 2: FALLING})
+    replay.update([pair(key) for key in (1, 2, 3)])
+    assert small_batches(replay, 1)[0] == 3
+
+
+def test_without_a_priority_losses_change_no_batch() -> None:
+    told, untold = (buffer([pair(k) for k in range(40)], batch_size=4) for _ in range(2))
+    for _ in range(30):
+        batch = told.next_batch()
+        assert batch == untold.next_batch()
+        told.note_losses((sample.key, float(sample.key)) for sample in batch)
+
+
+def test_the_outlook_is_of_the_next_batch_and_asking_changes_nothing() -> None:
+    asked, unasked = (buffer([pair(k) for k in range(1, 20)], batch_size=4) for _ in range(2))
+    for step in range(30):
+        before = asked.state()
+        outlook = asked.outlook()
+        assert asked.outlook() == outlook
+        assert asked.state() == before
+        losses = {k: seen.left * LN_2 for k, seen in asked._histories.items()}
+        batch = asked.next_batch()
+        assert batch == unasked.next_batch()
+        assert outlook.loss == pytest.approx(
+            sum(losses.get(s.key, LN_2) for s in batch) / len(batch)
+        )
+        assert 0.0 <= outlook.signal <= 1.0
+        seen = [(sample.key, 0.6 / (step + 1)) for sample in batch]
+        asked.note_losses(seen)
+        unasked.note_losses(seen)
+
+
+def test_the_outlook_follows_samples_and_losses_that_come_between() -> None:
+    replay = buffer([pair(1)], batch_size=1, epochs=2)
+    assert replay.outlook() == pytest.approx((LN_2, 1.0))
+    replay.next_batch()
+    replay.note_losses([(1, 0.1 * LN_2)])
+    assert replay.outlook() == pytest.approx((0.1 * LN_2, 0.1))
+    replay.update([])
+    assert replay.outlook() == (0.0, 0.0)
+    assert replay.next_batch() == []
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("sigmoid", LN_2), ("ipo", 1.0)])
+def test_the_outlook_of_what_was_never_trained_on_is_the_loss_without_training(
+    loss: str, expected: float
+) -> None:
+    assert buffer([pair(1)], loss=loss, beta=0.5).outlook() == pytest.approx((expected, 1.0))
+    assert buffer([rated(1)], loss=loss, beta=0.5).outlook() == pytest.approx((0.5, 1.0))
+
+
+def test_losses_of_samples_that_are_gone_are_forgotten() -> None:
+    replay = buffer([pair(1), pair(2)], batch_size=2)
+    replay.note_losses([(1, 0.1), (7, 0.1)])
+    replay.update([pair(2)])
+    assert replay.state()["histories"] == {}
+
+
+def test_a_state_carries_what_was_learned_of_the_samples() -> None:
+    replay = trained_once("learnability", {1: LEARNED, 2: NOISE, 3: FALLING})
+    restored = buffer(
+        [pair(key) for key in (1, 2, 3)],
+        batch_size=3,
+        epochs=3,
+        replay_share=0.0,
+        max_source_share=1.0,
+        sample_priority="learnability",
+    )
+    restored.restore(json.loads(json.dumps(replay.state())))
+    assert restored.outlook() == replay.outlook()
+    assert small_batches(restored, 1) == small_batches(replay, 1)
+
+
+def test_a_state_of_before_there_were_histories_is_taken_up() -> None:
+    replay = trained_once("learnability", {1: LEARNED, 2: FALLING})
+    state = replay.state()
+    del state["histories"]
+    replay.restore(state)
+    assert replay.outlook().signal == 1.0
+    assert replay.state()["visits"] == {"1": 1, "2": 1}

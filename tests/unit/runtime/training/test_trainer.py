@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -54,6 +55,7 @@ def make_trainer(
         "beta": 0.1,
         "sft_weight": 0.0,
         "weight_decay": 0.0,
+        "average_decay": 0.0,
         "lora_rank": 4,
         "lora_alpha": 16.0,
     }
@@ -263,7 +265,7 @@ def test_a_sample_that_does_not_fit_alone_is_set_aside_as_if_it_had_never_been_t
     name = {"forward": "_run_forward", "backward": "_run_backward", "kl": "_run_mismatched"}[kind]
     run = getattr(trainer, name)
 
-    def run_out(batch: Any) -> None:
+    def run_out(batch: Any, *limit: int) -> None:
         queue = {"forward": batch.waiting, "kl": batch.mismatched}.get(kind)
         if queue is not None:
             indices, _ = trainer._take(
@@ -276,7 +278,7 @@ def test_a_sample_that_does_not_fit_alone_is_set_aside_as_if_it_had_never_been_t
             indices = batch.forward.samples
         if any(batch.samples[i].key == victim.key for i in indices):
             raise RuntimeError(CPU_MESSAGE)
-        run(batch)
+        run(batch, *limit)
 
     monkeypatch.setattr(trainer, name, run_out)
     report = trainer.train_batch(mixed)
@@ -694,6 +696,283 @@ def test_an_adapter_with_more_in_it_than_is_trained_is_refused(model: Any, tmp_p
         make_trainer(model, target_modules="q_proj").load_adapter(path)
     with pytest.raises(AdapterLoadError, match="rank 2"):
         make_trainer(model, lora_rank=1).load_adapter(path)
+
+
+# --- quanta that are cut at run time --------------------------------------------------------------
+
+
+def test_a_cap_on_each_quantum_does_not_change_the_trajectory(
+    model: Any, mixed: list[Sample], whole: list[StepReport]
+) -> None:
+    trainer = make_trainer(model, quantum_tokens=100_000, **ALL_TERMS)
+    randomize_lora(trainer)
+    trainer.set_anchor()
+    caps = itertools.cycle((1, 200, 0, 70))
+    reports = []
+    for _ in range(STEPS):
+        trainer.begin(mixed)
+        report = None
+        while report is None:
+            report = trainer.run_quantum(next(caps))
+        reports.append(report)
+    assert_same_trajectory(reports, whole)
+
+
+def test_a_cap_holds_for_one_quantum_and_what_was_shown_is_what_runs(
+    model: Any, mixed: list[Sample]
+) -> None:
+    trainer = make_trainer(model, quantum_tokens=100_000)
+    trainer.begin(mixed)
+    whole_kl = trainer.next_quantum()
+    assert whole_kl is not None
+    capped_kl = trainer.next_quantum(1)
+    assert capped_kl is not None
+    assert (whole_kl.kind, capped_kl.kind) == ("kl", "kl")
+    assert capped_kl.samples == 1 < whole_kl.samples
+    trainer.run_quantum(1)
+    rest = trainer.next_quantum()
+    assert rest is not None
+    assert rest.samples == whole_kl.samples - 1
+    trainer.run_quantum()
+
+    uncut = trainer.next_quantum()
+    assert uncut is not None
+    assert (uncut.kind, uncut.samples) == ("forward", len(mixed))
+    cap = uncut.tokens // 2
+    cut = trainer.next_quantum(cap)
+    assert cut is not None
+    assert 1 <= cut.samples < uncut.samples
+    assert cut.tokens <= cap
+    trainer.run_quantum(cap)
+    backward = trainer.next_quantum(1)
+    assert backward is not None
+    assert (backward.kind, backward.samples, backward.tokens) == (
+        "backward",
+        cut.samples,
+        cut.tokens,
+    )
+
+
+def test_a_cap_never_exceeds_what_is_configured(model: Any, pairs: list[Sample]) -> None:
+    trainer = make_trainer(model, quantum_tokens=60)
+    trainer.begin(pairs)
+    assert trainer.next_quantum(100_000) == trainer.next_quantum()
+    with pytest.raises(ValueError, match="max_tokens is -1"):
+        trainer.next_quantum(-1)
+    with pytest.raises(ValueError, match="max_tokens is -1"):
+        trainer.run_quantum(-1)
+    assert trainer.next_quantum() is not None
+
+
+# --- what became of each sample -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantum_tokens", [1, 100_000])
+def test_the_losses_of_samples_are_those_of_each_alone_without_weights_and_further_terms(
+    model: Any, mixed: list[Sample], quantum_tokens: int
+) -> None:
+    settings = ALL_TERMS | {"desirable_weight": 3.0, "undesirable_weight": 0.0}
+    trainer = make_trainer(model, quantum_tokens=quantum_tokens, **settings)
+    plain = make_trainer(model, quantum_tokens=quantum_tokens)
+    for each in (trainer, plain):
+        randomize_lora(each)
+    report, alone = trainer.train_batch(mixed), plain.train_batch(mixed)
+    assert {key for key, _ in report.sample_losses} == {sample.key for sample in mixed}
+    losses, expected = dict(report.sample_losses), dict(alone.sample_losses)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    # Without weights and terms the batch's loss is their mean.
+    assert alone.loss == pytest.approx(sum(expected.values()) / len(mixed), rel=1e-5)
+    assert len(set(losses.values())) == len(mixed)
+
+
+def test_the_losses_of_fresh_samples_are_those_of_no_margin_and_no_ratio(
+    model: Any, mixed: list[Sample]
+) -> None:
+    losses = dict(make_trainer(model).train_batch(mixed).sample_losses)
+    for sample in mixed:
+        expected = math.log(2) if isinstance(sample, PreferencePair) else 0.5
+        assert losses[sample.key] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_gives_no_sample_losses(model: Any, pairs: list[Sample]) -> None:
+    pair = pairs[1]
+    assert isinstance(pair, PreferencePair)
+    wild = replace(pair, ref_chosen_logp=1e38)
+    assert make_trainer(model, loss="ipo").train_batch([pairs[0], wild]).sample_losses == ()
+
+
+# --- the average of the weights -------------------------------------------------------------------
+
+
+def published(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What a serving slot would get, by module and matrix."""
+    modules = trainer.weights().modules
+    return {f"{name}.{m}": getattr(pair, m) for name, pair in modules.items() for m in "ab"}
+
+
+def raw(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The weights in training, likewise."""
+    modules = trainer._tree.weights().modules
+    return {f"{name}.{m}": getattr(pair, m) for name, pair in modules.items() for m in "ab"}
+
+
+def test_what_is_published_is_the_corrected_exponential_average_of_the_weights_after_each_step(
+    model: Any, pairs: list[Sample]
+) -> None:
+    decay = 0.7
+    trainer, plain = make_trainer(model, average_decay=decay), make_trainer(model)
+    steps: list[dict[str, torch.Tensor]] = []
+    for n in range(1, 6):
+        # Training itself is untouched by the average.
+        assert trainer.train_batch(pairs) == plain.train_batch(pairs)
+        steps.append(lora_of(plain))
+        weights = [decay ** (n - i) for i in range(1, n + 1)]
+        average = trainer.snapshot().tensors
+        for name, last in steps[-1].items():
+            stacked = torch.stack([step[name].double() for step in steps])
+            expected = torch.einsum("n,n...->...", torch.tensor(weights).double(), stacked)
+            expected /= sum(weights)
+            mine = average[name.replace("lora/", "average/")]
+            torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-8)
+            assert torch.equal(average[name], last)
+    moved = [
+        name
+        for name, value in raw(trainer).items()
+        if not torch.equal(published(trainer)[name], value)
+    ]
+    assert len(moved) > len(raw(trainer)) // 2
+
+
+def test_without_averaging_the_last_step_is_published(model: Any, pairs: list[Sample]) -> None:
+    trainer = make_trainer(model)
+    for _ in range(2):
+        trainer.train_batch(pairs)
+    assert all(torch.equal(value, raw(trainer)[n]) for n, value in published(trainer).items())
+    assert not any(name.startswith("average/") for name in trainer.snapshot().tensors)
+
+
+def test_a_step_that_is_not_made_is_not_averaged(
+    model: Any, pairs: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(model, average_decay=0.5)
+    for _ in range(2):
+        trainer.train_batch(pairs)
+    before = published(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._optimizer, "gradient_norm", lambda: math.inf)
+        assert trainer.train_batch(pairs).skipped == "gradient_not_finite"
+    assert all(torch.equal(value, before[name]) for name, value in published(trainer).items())
+
+
+def test_the_average_is_what_is_saved_and_what_training_goes_on_from(
+    model: Any, pairs: list[Sample], tmp_path: Path
+) -> None:
+    trainer = make_trainer(model, average_decay=0.8)
+    for _ in range(4):
+        trainer.train_batch(pairs)
+    trainer.save_adapter(tmp_path / "a")
+    other = make_trainer(model, seed=5, average_decay=0.8)
+    other.train_batch(pairs)
+    other.load_adapter(tmp_path / "a")
+    for name, value in published(trainer).items():
+        torch.testing.assert_close(published(other)[name], value, rtol=1e-6, atol=0)
+        torch.testing.assert_close(raw(other)[name], value, rtol=1e-6, atol=0)
+    other.train_batch(pairs)  # the average begins anew: after one step it is that step's weights
+    assert all(torch.equal(value, raw(other)[n]) for n, value in published(other).items())
+
+
+def test_a_reset_forgets_the_average(model: Any, pairs: list[Sample]) -> None:
+    trainer, fresh = (make_trainer(model, average_decay=0.9) for _ in range(2))
+    for _ in range(3):
+        trainer.train_batch(pairs)
+    trainer.reset()
+    assert_same_state(trainer, fresh)
+    assert not any(value.any() for name, value in published(trainer).items() if name.endswith("b"))
+
+
+def test_the_leash_holds_to_the_average_that_was_published(model: Any, pairs: list[Sample]) -> None:
+    trainer = make_trainer(model, average_decay=0.9, kl_weight=0.1)
+    for _ in range(5):
+        trainer.train_batch(pairs)
+    average = trainer.weights()
+    trainer.set_anchor()
+    anchor = {n: v for n, v in trainer.snapshot().tensors.items() if n.startswith("anchor/")}
+    for module, pair in average.modules.items():
+        name = f"anchor/base_model.model.{module}.lora_A.default.weight"
+        assert torch.equal(anchor[name], pair.a)
+    first = pairs[0]
+    assert isinstance(first, PreferencePair)
+    packed = packed_pair(first)
+    with torch.no_grad():
+        held_to = trainer._tree.logps(packed, weights="anchor").logps
+        trained = trainer._tree.logps(packed).logps
+        averaged = make_trainer(model, kl_weight=0.1)
+        averaged._load_lora({n.removeprefix("anchor/"): v for n, v in anchor.items()})
+        expected = averaged._tree.logps(packed).logps
+    torch.testing.assert_close(held_to, expected, rtol=1e-5, atol=1e-5)
+    assert float((trained - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("through_json", [False, True])
+def test_averaging_resumes_bit_for_bit(model: Any, mixed: list[Sample], through_json: bool) -> None:
+    settings: dict[str, Any] = {"average_decay": 0.8, **ALL_TERMS}
+    trainer = make_trainer(model, **settings)
+    for _ in range(3):
+        trainer.train_batch(mixed)
+        trainer.set_anchor()
+    other = make_trainer(model, seed=99, **settings)
+    if through_json:
+        tensors, values = trainer.state_dict()
+        other.load_state_dict(tensors, json.loads(json.dumps(values)))
+    else:
+        state = trainer.snapshot()
+        other.train_batch(mixed)
+        other.restore(state)
+    for _ in range(2):
+        assert other.train_batch(mixed) == trainer.train_batch(mixed)
+    assert_same_state(trainer, other)
+    assert all(torch.equal(value, published(trainer)[n]) for n, value in published(other).items())
+
+
+def test_a_state_from_before_averaging_is_taken_up_and_the_average_begins_there(
+    model: Any, pairs: list[Sample]
+) -> None:
+    old = make_trainer(model)
+    for _ in range(2):
+        old.train_batch(pairs)
+    trainer = make_trainer(model, average_decay=0.9)
+    trainer.train_batch(pairs)
+    trainer.restore(old.snapshot())
+    assert all(torch.equal(value, published(old)[n]) for n, value in published(trainer).items())
+    assert trainer.train_batch(pairs) == old.train_batch(pairs)
+    assert all(torch.equal(value, published(old)[n]) for n, value in published(trainer).items())
+
+
+def test_a_state_with_an_average_is_taken_up_where_none_is_wanted(
+    model: Any, pairs: list[Sample]
+) -> None:
+    averaging, trainer = make_trainer(model, average_decay=0.9), make_trainer(model)
+    for _ in range(3):
+        averaging.train_batch(pairs)
+    trainer.restore(averaging.snapshot())
+    assert all(torch.equal(value, raw(averaging)[n]) for n, value in published(trainer).items())
+    assert trainer.train_batch(pairs) == averaging.train_batch(pairs)
+
+
+def test_weights_can_be_taken_while_a_batch_is_under_way(model: Any, pairs: list[Sample]) -> None:
+    trainer, plain = (make_trainer(model, average_decay=0.9) for _ in range(2))
+    for each in (trainer, plain):
+        each.train_batch(pairs)
+        each.train_batch(pairs)
+    trainer.begin(pairs)
+    trainer.run_quantum()
+    before = published(trainer)
+    trainer.set_anchor()
+    report = None
+    while report is None:
+        report = trainer.run_quantum()
+    assert report == plain.train_batch(pairs)
+    assert any(not torch.equal(v, before[n]) for n, v in published(trainer).items())
 
 
 def pair_references(pair: PreferencePair) -> torch.Tensor:
