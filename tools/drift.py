@@ -31,7 +31,9 @@ from .drift_report import (
     PhaseResult,
     PhaseSpan,
     plot,
+    pool,
     require_plots,
+    table,
     write_json,
 )
 from .drift_run import DriftRun, DriftSettings, TurnCodec, plain
@@ -61,6 +63,9 @@ examples:
   cotune drift --data ../shared/data --users 4 --flood 5  a fifth user floods the opposite
   cotune drift --data ../shared/data --limit 40 --chat-per-s 0     a quick look
 
+  for k in 0 1 2 3 4; do cotune drift --data ../shared/data --evaluation-fold $k --output $k.json
+  done; cotune drift --pool ?.json        every row held out in one of five replays
+
 The exit status is 0 when the run was completed, whatever it found.
 """
 
@@ -78,7 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stream.add_argument(
         "--data",
         type=Path,
-        required=True,
         metavar="DIR",
         help="folder with drift_persona.jsonl.gz and drift_text.jsonl.gz",
     )
@@ -141,6 +145,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of each phase that is never sent, and evaluated (%(default)g)",
     )
     stream.add_argument(
+        "--evaluation-fold",
+        type=int,
+        default=0,
+        metavar="K",
+        help="which share of the prompts that is, from 0; see --pool (%(default)s)",
+    )
+    stream.add_argument(
         "--evaluate",
         choices=("all", "current"),
         default=settings.evaluate,
@@ -176,6 +187,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the report, as JSON (drift-NAME.json)",
     )
     output.add_argument(
+        "--pool",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="run nothing; read the reports of runs with different --evaluation-fold, and print "
+        "the table of all their held-out rows together",
+    )
+    output.add_argument(
         "--plot", type=Path, metavar="FILE", help="the curves, as SVG, PNG or PDF (none)"
     )
     output.add_argument(
@@ -190,6 +209,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay the stream, and write the report; the exit status."""
+    if args.pool is not None:
+        for win in WINS:
+            print(f"\n{table(pool(args.pool, win), win)}")
+        return 0
+    if args.data is None:
+        raise ConfigError("--data is missing; give the folder of the streams", param="data")
     settings = DriftSettings(
         speed=_speed(args),
         events_per_s=args.events_per_s,
@@ -208,11 +233,18 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--evaluation-share is {args.evaluation_share:g}; use a share between 0 and 1"
         )
+    if args.evaluation_fold < 0 or (args.evaluation_fold + 1) * args.evaluation_share > 1 + 1e-9:
+        raise ConfigError(
+            f"--evaluation-fold is {args.evaluation_fold}, and there are "
+            f"{int(1 / args.evaluation_share + 1e-9)} of --evaluation-share "
+            f"{args.evaluation_share:g}; use 0 or more, and fewer than that"
+        )
     if args.plot is not None:
         require_plots()
     stream = read_stream(
         args.data / f"drift_{args.stream}.jsonl.gz",
         held_out_share=args.evaluation_share,
+        fold=args.evaluation_fold,
         limit=args.limit,
     )
     config = runtime_config(args)
@@ -234,7 +266,11 @@ def run(args: argparse.Namespace) -> int:
                 report = runner.run(_run(config, stream, settings, args.win))
             except BaseExceptionGroup as group:
                 raise _first_of(group) from group
-    report = {"command": sys.argv[1:], "stream": args.stream} | report
+    report = {
+        "command": sys.argv[1:],
+        "stream": args.stream,
+        "evaluation": {"share": args.evaluation_share, "fold": args.evaluation_fold},
+    } | report
     output = args.output or Path(f"drift-{args.stream}.json")
     write_json(output, report)
     for win in WINS:

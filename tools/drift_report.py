@@ -218,6 +218,81 @@ def summarize(
     return tuple(lines)
 
 
+def pool(paths: Sequence[Path], win: Win) -> tuple[PhaseSummary, ...]:
+    """The table of several runs together, each of which held out other rows (cross-validation).
+
+    Every row is predicted by versions that were never trained on it, and counts once. `best` is
+    the mean of the runs' best.
+
+    Raises:
+        ConfigError: a file is no report of a run, two held out the same rows, or their streams,
+            shares or phases differ.
+    """
+    reports = [_read_report(path) for path in paths]
+    first = reports[0]
+    folds: dict[int, Path] = {}
+    for path, report in zip(paths, reports, strict=True):
+        for what, mine, theirs in (
+            ("stream", report["stream"], first["stream"]),
+            ("share", report["evaluation"]["share"], first["evaluation"]["share"]),
+            ("phases", _names(report, win), _names(first, win)),
+        ):
+            if mine != theirs:
+                raise ConfigError(
+                    f"{path}: its {what} is {mine!r}, that of {paths[0]} {theirs!r}; pool runs of "
+                    "one stream that differ in --evaluation-fold alone",
+                    param="pool",
+                )
+        fold = int(report["evaluation"]["fold"])
+        if fold in folds:
+            raise ConfigError(
+                f"{path} and {folds[fold]} both held out fold {fold}; pool runs with different "
+                "--evaluation-fold, so that every row counts once",
+                param="pool",
+            )
+        folds[fold] = path
+    lines = []
+    for parts in zip(*(report["summary"][win] for report in reports), strict=True):
+        pairs = sum(part["pairs"] for part in parts)
+
+        def together(name: str, parts: tuple[Any, ...] = parts, pairs: int = pairs) -> Interval:
+            return wilson(sum(part[name]["rate"] * part["pairs"] for part in parts), pairs)
+
+        base, start, end = together("base"), together("start"), together("end")
+        lines.append(
+            PhaseSummary(
+                name=parts[0]["name"],
+                pairs=pairs,
+                base=base,
+                start=start,
+                best=together("best"),
+                end=end,
+                is_above_base=end.low > base.rate,
+                is_risen=end.rate > start.rate,
+            )
+        )
+    return tuple(lines)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if {"share", "fold"} <= report["evaluation"].keys() and report["stream"]:
+            return dict(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    else:
+        reason = "it does not say what it held out"
+    raise ConfigError(
+        f"{path} is no report of a drift run ({reason}); give files that --output wrote",
+        param="pool",
+    )
+
+
+def _names(report: Mapping[str, Any], win: Win) -> list[str]:
+    return [line["name"] for line in report["summary"][win]]
+
+
 def table(lines: Sequence[PhaseSummary], win: Win) -> str:
     """The summary for people."""
     head = f"{'phase':20}{'n':>5}{'base':>7}{'start':>7}{'best':>7}{'end':>7}   95 % interval"

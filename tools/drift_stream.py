@@ -93,12 +93,15 @@ class DriftStream:
     held_out: tuple[tuple[DriftRow, ...], ...]
 
 
-def read_stream(path: Path, *, held_out_share: float, limit: int | None = None) -> DriftStream:
+def read_stream(
+    path: Path, *, held_out_share: float, fold: int = 0, limit: int | None = None
+) -> DriftStream:
     """Read a stream and hold out a share of its prompts.
 
     Args:
         path: JSON lines, compressed if the name ends in ``.gz``; see `DriftRow` for what they hold.
         held_out_share: (0, 1).
+        fold: which share of the prompts, from 0; two folds have no prompt in common.
         limit: only the first so many rows of each phase (None: all).
 
     Raises:
@@ -111,10 +114,12 @@ def read_stream(path: Path, *, held_out_share: float, limit: int | None = None) 
     if phases != list(range(len(phases))):
         raise ConfigError(f"{path}: phases are {phases}; number them from 0", param="stream")
     held_out = [[row for row in rows if row.phase == phase] for phase in phases]
-    held_out = [[row for row in part if is_evaluated(row, held_out_share)] for part in held_out]
+    held_out = [
+        [row for row in part if is_evaluated(row, held_out_share, fold)] for part in held_out
+    ]
     stream = DriftStream(
         phases=tuple(names[phase] for phase in phases),
-        sent=tuple(row for row in rows if not is_evaluated(row, held_out_share)),
+        sent=tuple(row for row in rows if not is_evaluated(row, held_out_share, fold)),
         held_out=tuple(tuple(part) for part in held_out),
     )
     for phase, part in enumerate(stream.held_out):
@@ -122,20 +127,23 @@ def read_stream(path: Path, *, held_out_share: float, limit: int | None = None) 
         if not part or not to_send:
             raise ConfigError(
                 f"{path}: phase {phase} has {len(part)} rows held out and {to_send} to send; both "
-                "need one at least: change --evaluation-share or --limit",
+                "need one at least: change --evaluation-share, --evaluation-fold or --limit",
                 param="stream",
             )
     return stream
 
 
-def is_evaluated(row: DriftRow, share: float) -> bool:
+def is_evaluated(row: DriftRow, share: float, fold: int = 0) -> bool:
     """Whether a row is never sent. All rows of one prompt are on one side, on every machine.
 
-    The runtime's gate divides by a hash of its own, so its held-out feedback is another part.
+    Fold k holds out the k-th share of the prompts, so that folds 0 to 1 / share - 1 together hold
+    out every row once. The runtime's gate divides by a hash of its own, so its held-out feedback is
+    another part.
     """
     text = json.dumps([[m["role"], m["content"]] for m in row.prompt], ensure_ascii=False)
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"cotune-drift").digest()
-    return int.from_bytes(digest, "little") < share * 2**64
+    place = int.from_bytes(digest, "little") / 2**64
+    return fold * share <= place < (fold + 1) * share
 
 
 def share_out(

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -21,6 +22,7 @@ from cotune.tools.drift_report import (
     PhaseSpan,
     compare,
     plot,
+    pool,
     require_plots,
     summarize,
     table,
@@ -98,6 +100,12 @@ class TestReading:
         few = {row.id for row in rows if is_evaluated(row, 0.1)}
         many = {row.id for row in rows if is_evaluated(row, 0.4)}
         assert few < many
+
+    def test_the_folds_together_hold_out_every_row_once(self) -> None:
+        rows = [parsed(n) for n in range(200)]
+        folds = [[row.id for row in rows if is_evaluated(row, 0.2, fold)] for fold in range(5)]
+        assert sorted(itertools.chain.from_iterable(folds)) == sorted(row.id for row in rows)
+        assert min(map(len, folds)) > 20
 
     def test_rows_are_sent_in_the_order_of_their_times(self, tmp_path: Path) -> None:
         path = write(tmp_path / "s.jsonl.gz", [row(n) for n in (5, 3, 9, 1, 7, 2, 4, 6, 8)])
@@ -318,6 +326,69 @@ class TestSummary:
         assert not lines[3].endswith("above base")
 
 
+class TestPool:
+    def report(self, path: Path, fold: int, **changes: Any) -> Path:
+        lines = [asdict(line) for line in summarize(SPANS, EVALUATED, "sum")]
+        report = {
+            "stream": "text",
+            "evaluation": {"share": 0.2, "fold": fold},
+            "summary": {"sum": lines},
+        }
+        path.write_text(json.dumps(report | changes))
+        return path
+
+    def test_pairs_and_wins_of_the_runs_are_added_up(self, tmp_path: Path) -> None:
+        few = [asdict(line) for line in summarize(SPANS, EVALUATED, "sum")]
+        few[0] |= {"pairs": 300, "end": {"rate": 0.6, "low": 0.0, "high": 1.0}}
+        paths = [
+            self.report(tmp_path / "a.json", 0),
+            self.report(tmp_path / "b.json", 3, summary={"sum": few}),
+        ]
+        first, second = pool(paths, "sum")
+        assert first.name == "first"
+        assert first.pairs == 400
+        assert first.end == wilson(80 + 180, 400)
+        assert first.base.rate == pytest.approx(0.6)
+        assert first.is_above_base == (first.end.low > 0.6)
+        # Three shares of eight in a hundred pairs are no proof; in two hundred they are.
+        (_, alone) = pool(paths[:1], "sum")
+        assert not alone.is_above_base
+        assert second.pairs == 200
+        assert second.is_above_base
+
+    def test_rows_that_were_held_out_twice_are_refused(self, tmp_path: Path) -> None:
+        paths = [self.report(tmp_path / name, 1) for name in ("a.json", "b.json")]
+        with pytest.raises(ConfigError, match="both held out fold 1"):
+            pool(paths, "sum")
+
+    @pytest.mark.parametrize(
+        ("changes", "what"),
+        [
+            ({"stream": "persona"}, "stream"),
+            ({"evaluation": {"share": 0.1, "fold": 1}}, "share"),
+            ({"summary": {"sum": []}}, "phases"),
+        ],
+    )
+    def test_runs_of_different_streams_are_refused(
+        self, tmp_path: Path, changes: dict[str, Any], what: str
+    ) -> None:
+        paths = [
+            self.report(tmp_path / "a.json", 0),
+            self.report(tmp_path / "b.json", 1, **changes),
+        ]
+        with pytest.raises(ConfigError, match=f"its {what} is"):
+            pool(paths, "sum")
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"evaluation": {}, "stream": "text"}'])
+    def test_what_is_no_report_is_refused(self, tmp_path: Path, text: str) -> None:
+        path = tmp_path / "a.json"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="no report of a drift run"):
+            pool([path], "sum")
+        with pytest.raises(ConfigError, match="no report of a drift run"):
+            pool([tmp_path / "none.json"], "sum")
+
+
 class TestPlot:
     def test_the_same_run_gives_the_same_file(self, tmp_path: Path) -> None:
         for name in ("a.svg", "b.svg"):
@@ -528,6 +599,8 @@ class TestCommand:
             ("--chat-per-s", "-1"),
             ("--chat-tokens", "0"),
             ("--evaluation-share", "1"),
+            ("--evaluation-fold", "5"),
+            ("--evaluation-fold", "-1"),
             ("--no-learning",),
         ],
     )
@@ -537,6 +610,27 @@ class TestCommand:
         write(tmp_path / "drift_persona.jsonl.gz", [row(n) for n in range(40)])
         with pytest.raises(ConfigError, match=flags[0]):
             drift.run(self.parse("--data", str(tmp_path), *flags))
+
+    def test_without_data_nothing_runs(self) -> None:
+        with pytest.raises(ConfigError, match="--data is missing"):
+            drift.run(self.parse())
+
+    def test_pooling_prints_the_tables_and_runs_nothing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = [asdict(line) for line in summarize(SPANS, EVALUATED, "sum")]
+        for fold in range(2):
+            report = {
+                "stream": "text",
+                "evaluation": {"share": 0.2, "fold": fold},
+                "summary": dict.fromkeys(("sum", "per_token", "implicit"), lines),
+            }
+            (tmp_path / f"{fold}.json").write_text(json.dumps(report))
+        files = [str(tmp_path / f"{fold}.json") for fold in range(2)]
+        assert drift.run(self.parse("--pool", *files)) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("held-out win rate by") == 3
+        assert shown.count("first                 200") == 3
 
     def test_an_error_for_people_is_found_in_a_group(self) -> None:
         told = DriftError("told")
