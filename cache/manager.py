@@ -128,12 +128,29 @@ class KVCacheManager:
         return self._pool.num_pages
 
     @property
+    def unused_pages(self) -> int:
+        """Of the available pages, those that were never used so far."""
+        return self._pool.unused_pages
+
+    @property
+    def is_growth_limited(self) -> bool:
+        """Whether `limit_growth` keeps pages back now."""
+        return self._pool.is_growth_limited
+
+    def limit_growth(self, pages: int | None) -> None:
+        """Take at most so many pages into use that never were (None: all).
+
+        What is kept of prefixes goes instead.
+        """
+        self._pool.limit_growth(pages)
+
+    @property
     def available_pages(self) -> int:
         """Pages that `reserve` can hand out now: free ones and those it may evict.
 
         Opening a sequence on cached pages lowers this by as many of them as were evictable.
         """
-        return self._pool.free_pages + self._trie.evictable_pages
+        return self._pool.available_pages + self._trie.evictable_pages
 
     def match(self, namespace: Hashable, token_ids: Sequence[int]) -> int:
         """Tokens that a sequence opened now would find cached: a multiple of the page size.
@@ -184,7 +201,7 @@ class KVCacheManager:
         self._require_open(seq)
         if missing > self.available_pages:
             return False
-        for page in self._trie.evict(missing - self._pool.free_pages):
+        for page in self._trie.evict(missing - self._pool.available_pages):
             self._pool.release(page)
             self._evicted_pages += 1
         pages = self._pool.allocate(missing)

@@ -23,7 +23,7 @@ class PagePool:
         num_pages: how many pages exist, at least 1.
     """
 
-    __slots__ = ("_free", "_references", "num_pages")
+    __slots__ = ("_free", "_hidden", "_references", "_touched", "num_pages")
 
     def __init__(self, num_pages: int) -> None:
         if num_pages < 1:
@@ -31,12 +31,38 @@ class PagePool:
         self.num_pages = num_pages
         self._references = [0] * num_pages
         # Last in, first out: a page just given back is the one whose lines are still in a cache.
+        # So those that were never used lie at the bottom, the highest number first.
         self._free = list(range(num_pages - 1, -1, -1))
+        self._touched = 0
+        self._hidden = 0
 
     @property
     def free_pages(self) -> int:
         """Pages that nobody references."""
         return len(self._free)
+
+    @property
+    def available_pages(self) -> int:
+        """Of the free pages, those that may be handed out now; see `limit_growth`."""
+        return len(self._free) - self._hidden
+
+    @property
+    def unused_pages(self) -> int:
+        """Of the available pages, those that were never handed out."""
+        return self.num_pages - self._touched - self._hidden
+
+    @property
+    def is_growth_limited(self) -> bool:
+        """Whether there are free pages that may not be handed out now."""
+        return self._hidden > 0
+
+    def limit_growth(self, pages: int | None) -> None:
+        """From now on hand out at most so many pages that never were before; None: all.
+
+        On devices that give memory when it is first written to, those are the ones that cost.
+        """
+        unused = self.num_pages - self._touched
+        self._hidden = 0 if pages is None else min(max(0, unused - pages), unused)
 
     def references(self, page: int) -> int:
         """How many hold on to `page`; 0 if it is free."""
@@ -50,13 +76,14 @@ class PagePool:
         if count < 0:
             raise ValueError(f"cannot allocate {count} pages; ask for 0 or more")
         left = len(self._free) - count
-        if left < 0:
+        if left < self._hidden:
             return None
         pages = self._free[left:]
         del self._free[left:]
         pages.reverse()
         for page in pages:
             self._references[page] = 1
+        self._touched = max(self._touched, max(pages, default=-1) + 1)
         return pages
 
     def retain(self, page: int) -> None:

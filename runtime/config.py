@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from ..policy import POLICY_NAMES
+from ..policy.settings import PolicySettings, SettingError
 from .errors import ConfigError
 from .learning.config import LearningConfig
 
@@ -103,7 +104,7 @@ class CacheConfig:
 class ScheduleConfig:
     """What one iteration may hold and how long the queue may grow."""
 
-    policy: str = "inference-only"
+    policy: str = "cotune"
     """Which policy plans the iterations; `cotune.policy.POLICY_NAMES` lists them."""
     max_num_seqs: int = 256
     """Most sequences that run at once."""
@@ -113,6 +114,15 @@ class ScheduleConfig:
     """Most requests that wait; further ones are refused as overloaded."""
     stop_grace_s: float = 5.0
     """How long leaving the runtime lets running requests finish before they are aborted, in s."""
+    ttft_target_s: float | None = None
+    """Target for the time to first token of interactive requests, in s (None: from the profile)."""
+    tbt_target_s: float | None = None
+    """Target for the time between their tokens, in s (None: from the profile)."""
+    profile: str = "auto"
+    """What work costs here: "auto" (measured at the first start, then kept), "off" (learned while
+    serving alone), or the file of `cotune profile --output`."""
+    settings: PolicySettings = field(default_factory=PolicySettings)
+    """The constants of the policies."""
 
     def validate(self) -> None:
         """Raise `ConfigError` at the first wrong field."""
@@ -123,6 +133,19 @@ class ScheduleConfig:
         _check_int("schedule.max_queue", self.max_queue, 1)
         if not (math.isfinite(self.stop_grace_s) and self.stop_grace_s >= 0.0):
             raise _wrong("schedule.stop_grace_s", self.stop_grace_s, "use 0 s or more")
+        for name in ("ttft_target_s", "tbt_target_s"):
+            target_s = getattr(self, name)
+            if target_s is not None and not (math.isfinite(target_s) and target_s > 0.0):
+                raise _wrong(f"schedule.{name}", target_s, "use more than 0 s, or leave it unset")
+        if not self.profile.strip():
+            raise _wrong("schedule.profile", self.profile, 'use "auto", "off" or name a file')
+        try:
+            self.settings.validate()
+        except SettingError as error:
+            name = f"schedule.settings.{error.field}"
+            raise ConfigError(
+                f"{name}: {error.message}", param=name, code="invalid_config"
+            ) from error
 
     def token_budget(self, device_type: str) -> int:
         """Most tokens per iteration on this kind of device ("cpu" or "cuda")."""
@@ -162,10 +185,21 @@ class LaneConfig:
     inference_threads: int | None = None
     """Intra-op threads of the inference lane on a CPU (None: torch's own choice, less those of the
     training lane where learning is on)."""
+    cuda_graphs: bool = True
+    """Whether decodes are recorded once and replayed as CUDA graphs. No effect on a CPU."""
+    sm_share: float | None = None
+    """Share of a card's multiprocessors that the training lane may use, above 0 and below 1 (None:
+    all of them, at lower priority than inference). No effect on a CPU."""
 
     def validate(self) -> None:
         """Raise `ConfigError` at the first wrong field."""
         _check_int("lanes.inference_threads", self.inference_threads, 1, optional=True)
+        if self.sm_share is not None and not 0.0 < self.sm_share < 1.0:
+            raise _wrong(
+                "lanes.sm_share",
+                self.sm_share,
+                "use a share above 0 and below 1, or leave it unset",
+            )
 
 
 class Shorthands(TypedDict, total=False):
@@ -187,6 +221,10 @@ class Shorthands(TypedDict, total=False):
     memory_fraction: float | None
     enable_prefix_sharing: bool
     policy: str
+    ttft_target_s: float | None
+    tbt_target_s: float | None
+    profile: str
+    settings: PolicySettings
     max_num_seqs: int
     max_num_batched_tokens: int | None
     max_queue: int
@@ -195,6 +233,8 @@ class Shorthands(TypedDict, total=False):
     max_loras: int
     max_lora_rank: int
     inference_threads: int | None
+    cuda_graphs: bool
+    sm_share: float | None
     learning: bool | LearningConfig
     state_dir: str | Path | None
     seed: int | None

@@ -2,10 +2,13 @@
 
     iteration   ──── observe, plan, prepare ─┬─ device: forward + sampling ─┬─ commit ── observe ...
     k                                        │                              │
-    event loop                               └─ deliver what k - 1 gave ────┘
-                                                (text, stop strings, readers)
+    event loop                               ├─ deliver what k - 1 gave     │
+                                             │  (text, stop strings, readers)
+                                             └─ decide on k + 1 ────────────┘
 
-The device waits only while the loop commits and plans. Text is made and readers are woken after the
+The device waits only while the loop commits and prepares. What was decided meanwhile holds if the
+iteration came as expected; where a sequence ended, a request came or training moved on, the policy
+is asked again. Text is made and readers are woken after the
 next iteration was handed to the lane, so a stop string is found one token late: that token is
 dropped, it is neither in the answer nor counted.
 
@@ -24,12 +27,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple
 
-from ..policy import Observation, RunningView
+from ..policy import RunningView, WaitingView
 from .errors import (
     ContextLengthError,
     DrainingError,
@@ -38,19 +42,21 @@ from .errors import (
     RequestError,
 )
 from .sampling import SamplingState
+from .scheduling.scheduler import MEMORY_WAIT_S
 from .sequence import Request, SequenceState, Status
 from .statistics import Listeners, RuntimeStatistics
 from .step import SequenceStep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..cache.manager import KVCacheManager
-    from ..policy import Budgets, IterationPlan, Policy, WaitingView
+    from ..policy import IterationPlan
     from .adapters import AdapterStore, SlotGrant
     from .answer_text import AnswerText
     from .errors import CotuneError
     from .lora import LoraWeights
+    from .scheduling.scheduler import Decision, Scheduler
     from .step import SequenceResult, StepResult
     from .types import AdapterVersion, Response, SamplingParams
 
@@ -118,8 +124,7 @@ class Engine:
         lane: the thread that `executor` belongs to.
         cache: the KV pages of `executor`.
         adapters: versions and slots.
-        policy: decides what an iteration holds.
-        budgets: what an iteration may hold.
+        scheduler: decides what an iteration holds, and what trains beside it.
         max_model_len: most tokens of prompt plus answer; fewer where the pages do not hold as many,
             so that no sequence is taken that could never run.
         max_queue: most requests that wait; further ones are refused.
@@ -136,8 +141,7 @@ class Engine:
         lane: DeviceLane,
         cache: KVCacheManager,
         adapters: AdapterStore,
-        policy: Policy,
-        budgets: Budgets,
+        scheduler: Scheduler,
         max_model_len: int,
         max_queue: int,
         make_text: Callable[[Sequence[int], SamplingParams], AnswerText],
@@ -149,9 +153,9 @@ class Engine:
         self._lane = lane
         self._cache = cache
         self._adapters = adapters
-        self._policy = policy
-        self._budgets = budgets
-        self.max_model_len = min(max_model_len, cache.num_pages * budgets.page_size)
+        self._scheduler = scheduler
+        self._budgets = scheduler.budgets
+        self.max_model_len = min(max_model_len, cache.num_pages * self._budgets.page_size)
         self._max_queue = max_queue
         self._make_text = make_text
         self._eos_token_ids = eos_token_ids
@@ -174,6 +178,12 @@ class Engine:
         self._hint_epoch = 0  # goes up when prompts were recorded
 
         self._wake = asyncio.Event()
+        scheduler.wake_with(self._on_training_change)
+        self._under_way: _Iteration | None = None
+        self._ahead: Decision | None = None  # on the iteration after the one under way
+        self._changes = 0  # of what a decision is made of, but for what an iteration does
+        self._decided_at_change = 0
+        self._patience_s: float | None = None  # how long to wait for news where there may be none
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -326,7 +336,8 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            log.warning("%d requests did not finish in %.1f s", len(self._requests), timeout_s)
+            if self._requests:
+                log.warning("%d requests did not finish in %.1f s", len(self._requests), timeout_s)
         finally:
             self.fail_all(
                 DrainingError(
@@ -373,20 +384,27 @@ class Engine:
                     self._deliver()
                     self._note_idle()
                     if not self._is_stopping:
-                        await self._wake.wait()
+                        await self._wait_for_news()
                     continue
                 if self._fresh:
                     loop.call_soon(self._deliver)
                 if iteration.installs and not (iteration := await self._install(iteration)).steps:
                     continue
                 handed_s = clock()
+                self._scheduler.begin_iteration(iteration.steps)
+                loop.call_soon(self._decide_ahead, iteration)
+                self._under_way = iteration
                 try:
                     result = await self._lane.run(self._executor.execute, iteration.steps)
                 except Exception as error:  # noqa: BLE001 - boundary: a step fails its own requests
+                    self._scheduler.end_iteration(clock(), error)
                     self._fail_iteration(iteration, error)
                     continue
+                finally:
+                    self._under_way = None
                 returned_s = clock()
                 self._commit(iteration, result, returned_s)
+                self._scheduler.end_iteration(returned_s)
                 self._plan_s += handed_s - started_s
                 self._device_s += returned_s - handed_s
                 self._commit_s += clock() - returned_s
@@ -401,62 +419,179 @@ class Engine:
                 self._retire(seq)
             self._note_idle()
 
+    async def _wait_for_news(self) -> None:
+        """Until there is something to plan for."""
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
     def _next_iteration(self) -> _Iteration | None:
-        """Plan until there is something to run; None when there is nothing to do."""
-        while self._sequences:
-            plan = self._policy.plan(self._observe())
+        """Plan until there is something to run here; None when there is not.
+
+        What the plan says of training is carried out in any case.
+        """
+        scheduler = self._scheduler
+        self._patience_s = None
+        while self._sequences or scheduler.has_training:
+            plan = scheduler.adopt(self._decide())
             iteration = self._prepare(plan)
+            is_training = scheduler.start_training(plan, has_steps=bool(iteration.steps))
             if iteration.steps:
                 return iteration
+            if not self._sequences or is_training:  # a quantum that ends is news
+                self._patience_s = plan.training.again_s
+                return None
+            if scheduler.lacks_memory:
+                self._patience_s = MEMORY_WAIT_S
+                return None
             if not plan.preemptions:
                 self._give_up_on_one()
         return None
 
-    def _observe(self) -> Observation:
-        """The frozen state that the policy decides on."""
+    def _decide(self) -> Decision:
+        """What to do next: as was decided ahead, if all came as expected."""
+        ahead, self._ahead = self._ahead, None
+        if (
+            ahead is not None
+            and self._decided_at_change == self._changes
+            and self._scheduler.still_holds(ahead)
+        ):
+            return ahead
+        return self._ask_scheduler({}, 0.0)
+
+    def _decide_ahead(self, iteration: _Iteration) -> None:
+        """While an iteration runs, decide on the next, as if this one ended nothing.
+
+        If it does, or anything else happens meanwhile, the decision is dropped.
+        """
+        ahead_s = self._scheduler.remaining_s
+        if ahead_s is None or self._under_way is not iteration:
+            return
+        steps: dict[int, SequenceStep] = {}
+        for seq, step in zip(iteration.sequences, iteration.steps, strict=True):
+            if step.sampling is None or len(seq.output) + 1 < seq.request.max_tokens:
+                steps[seq.key] = step
+            else:
+                return
+        self._ahead = self._ask_scheduler(steps, ahead_s)
+        self._decided_at_change = self._changes
+        self._scheduler.start_early(self._ahead)
+
+    def _on_training_change(self) -> None:
+        """A quantum is offered, or has ended: plan again, or ahead; the lane must not be idle."""
+        self._wake.set()
+        if self._under_way is not None:
+            asyncio.get_running_loop().call_soon(self._decide_ahead, self._under_way)
+
+    def _ask_scheduler(self, steps: Mapping[int, SequenceStep], ahead_s: float) -> Decision:
+        """Show the scheduler what there is, or will be when these steps are done, in `ahead_s`."""
+        self._scheduler.watch_memory(len(self._running))
         self._refresh_hints()
         page_size = self._budgets.page_size
+        next_due_s = self._clock() + ahead_s + self._budgets.tbt_s
         running = []
         for seq in self._running:
             pages = seq.pages
             assert pages is not None
             count = len(pages.block_table)
+            request = seq.request
+            computed, known, due_s = seq.computed, len(seq.tokens), self._due_s(seq)
+            if (step := steps.get(seq.key)) is not None:
+                computed += len(step.token_ids)
+                if step.sampling is not None:
+                    known += 1
+                    due_s = next_due_s if request.has_targets else due_s
             running.append(
                 RunningView(
                     seq.key,
-                    seq.computed,
-                    len(seq.tokens),
+                    computed,
+                    known,
                     count,
                     count - pages.cached_tokens // page_size,
-                    seq.request.is_background,
+                    request.is_background,
+                    due_s,
+                    request.rank_s,
                 )
             )
-        return Observation(
-            now_s=self._clock(),
-            budgets=self._budgets,
+        return self._scheduler.decide(
+            tuple(running),
+            tuple(self._views),
             available_pages=self._cache.available_pages,
-            running=tuple(running),
-            waiting=tuple(self._views),
             adapters_in_use=frozenset(self._slot_users),
             free_adapter_slots=self._adapters.max_slots - len(self._slot_users),
+            ahead_s=ahead_s,
         )
 
+    def _due_s(self, seq: SequenceState) -> float:
+        """When the next token of `seq` is due."""
+        request = seq.request
+        if not request.has_targets:
+            return math.inf
+        if seq.token_times:
+            return seq.token_times[-1] + self._budgets.tbt_s
+        return request.arrival_s + self._budgets.ttft_s
+
     def _refresh_hints(self) -> None:
-        """Look up what the next few waiting sequences would find cached, where it may be new."""
+        """Look up what the next few waiting sequences would find cached, where it may be new.
+
+        And what of their prompts a running sequence is about to put there.
+        """
         budgets = self._budgets
         seats = min(budgets.sequences, budgets.tokens) - len(self._running)
         tokens = budgets.tokens - len(self._running)
+        if not self._waiting or seats <= 0 or tokens <= 0:
+            return
+        prefilling = [seq for seq in self._running if seq.computed < len(seq.request.prompt)]
         for index, seq in enumerate(self._waiting):
             if seats <= 0 or tokens <= 0:
                 break
             view = self._views[index]
+            cached = view.cached
             if seq.hint_epoch != self._hint_epoch:
                 seq.hint_epoch = self._hint_epoch
+                seq.shared_with.clear()
                 cached = self._cache.match(seq.request.version, seq.cacheable)
-                if cached != view.cached:
-                    view = self._views[index] = seq.waiting_view(cached)
-            tokens -= view.known - view.cached
-            seats -= 1
+            coming = self._coming(seq, cached, prefilling) if prefilling else 0
+            if cached != view.cached or coming != view.coming:
+                view = self._views[index] = self._waiting_view(seq, cached, coming)
+            if not coming:  # it is likely to wait, and another to take its place
+                tokens -= view.known - view.cached
+                seats -= 1
+
+    def _coming(self, seq: SequenceState, cached: int, prefilling: list[SequenceState]) -> int:
+        """Tokens of `seq` that one of these is about to put into the cache; 0 if no more than now.
+
+        Whole pages, and fewer than all of its tokens: the last one is computed for its logits.
+        """
+        best = 0
+        if self._cache.enable_prefix_sharing:
+            for other in prefilling:
+                if other.request.version == seq.request.version:
+                    shared = seq.shared_with.get(other.key)
+                    if shared is None:
+                        shared = _common_pages(
+                            seq.cacheable, other.request.prompt, self._budgets.page_size
+                        )
+                        seq.shared_with[other.key] = shared
+                    best = max(best, shared)
+        return best if best > cached else 0
+
+    def _waiting_view(self, seq: SequenceState, cached: int, coming: int = 0) -> WaitingView:
+        """What the policy sees of a sequence that waits."""
+        request = seq.request
+        version = request.version
+        return WaitingView(
+            seq.key,
+            request.rank_s,
+            len(seq.tokens),
+            cached,
+            version if version.name else None,
+            request.is_background,
+            self._due_s(seq),
+            coming,
+        )
 
     def _prepare(self, plan: IterationPlan) -> _Iteration:
         """Carry out a plan up to the point where the lane takes over.
@@ -612,6 +747,7 @@ class Engine:
             request.prompt_logprobs_known = max(request.prompt_logprobs_known, end)
         if is_complete:
             self._hint_epoch += 1
+            self._changes += 1
             self._release_siblings(request)
 
     def _release_siblings(self, request: Request) -> None:
@@ -687,10 +823,11 @@ class Engine:
 
     def _enqueue(self, seq: SequenceState) -> None:
         """Put a sequence that holds nothing among the waiting, by rank."""
+        self._changes += 1
         seq.status = Status.WAITING
         if not seq.tokens:
             seq.tokens = [*seq.request.prompt]
-        view = seq.waiting_view(0)
+        view = self._waiting_view(seq, 0)
         seq.hint_epoch = -1
         place = bisect_left(self._views, _order(view), key=_order)
         self._waiting.insert(place, seq)
@@ -699,6 +836,7 @@ class Engine:
 
     def _leave_queue(self, seq: SequenceState) -> None:
         """Take a sequence out of the waiting."""
+        self._changes += 1
         place = bisect_left(self._views, (seq.request.rank_s, seq.key), key=_order)
         assert self._waiting[place] is seq
         del self._waiting[place], self._views[place]
@@ -731,6 +869,7 @@ class Engine:
 
     def _release(self, seq: SequenceState) -> None:
         """Take pages and slot from a running sequence."""
+        self._changes += 1
         assert seq.pages is not None
         assert not seq.in_flight
         self._running.remove(seq)
@@ -757,6 +896,7 @@ class Engine:
 
     def _end(self, seq: SequenceState) -> None:
         """Nothing more will be published of `seq`. Its pages go as soon as no step uses them."""
+        self._changes += 1
         request = seq.request
         was, seq.status = seq.status, Status.FINISHED
         if was is Status.HELD:
@@ -854,6 +994,7 @@ class Engine:
             plan_s=self._plan_s,
             commit_s=self._commit_s,
             deliver_s=self._deliver_s,
+            schedule=self._scheduler.statistics(),
         )
 
     def check_integrity(self) -> None:
@@ -894,6 +1035,13 @@ def _order(view: WaitingView) -> tuple[float, int]:
 
 def _running_order(seq: SequenceState) -> tuple[float, int]:
     return (seq.request.rank_s, seq.key)
+
+
+def _common_pages(wanted: list[int], prompt: tuple[int, ...], page_size: int) -> int:
+    """Tokens that both begin with, in whole pages, and fewer than `wanted` has."""
+    limit = min(len(wanted) - 1, len(prompt))
+    common = next((i for i in range(limit) if wanted[i] != prompt[i]), limit)
+    return common // page_size * page_size
 
 
 def _check(holds: bool, what: str) -> None:

@@ -22,14 +22,18 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack, get_args
 
 import torch
 
 from ..cache.manager import KVCacheManager
-from ..policy import Budgets, make_policy
+from ..policy import Budgets, RequestClass, make_policy
+from ..policy.costs import CostModel
+from ..policy.memory import MemoryThreshold
+from ..policy.profile import MemoryCosts
 from ..streams.device import DeviceError, describe_device, resolve_device
 from ..streams.lane import Lane
+from ..streams.memory import MemoryProbe
 from .adapters import AdapterStore
 from .answer_text import AnswerText
 from .background import Background
@@ -49,6 +53,11 @@ from .errors import (
 from .learning.status import LearningStatus
 from .lora import read_lora
 from .randomness import SeedSource
+from .scheduling import profiles
+from .scheduling.memory_watch import MemoryNeeds, MemoryWatch
+from .scheduling.scheduler import Scheduler
+from .scheduling.targets import choose_targets
+from .scheduling.timeline import Timeline
 from .sequence import Request
 from .statistics import Listener, Listeners, RuntimeStatistics
 from .stream import ResponseStream
@@ -64,6 +73,7 @@ if TYPE_CHECKING:
     from .learning.service import LearningService
     from .learning.versions import VersionRecord
     from .loading import LoadedModel
+    from .scheduling.timeline import TimelineSnapshot
     from .tokenization import TextCodec
     from .types import AdapterVersion, Message
 
@@ -113,6 +123,7 @@ class _Served:
     engine: Engine
     cache: KVCacheManager
     background: Background
+    scheduler: Scheduler
     device: torch.device
     token_budget: int
     max_model_len: int
@@ -178,7 +189,7 @@ class Runtime:
             lane = Lane(
                 "inference",
                 device=device,
-                threads=_inference_threads(self.config, device),
+                threads=inference_threads(self.config, device),
                 high_priority=True,
             )
             stack.enter_context(lane)
@@ -242,13 +253,13 @@ class Runtime:
         for name, path in config.adapters.modules:
             weights = await lane.run(_read_adapter, path, loaded, config.adapters.max_lora_rank)
             adapters.add(name, weights, path)
+        scheduler = await self._make_scheduler(lane, loaded, executor, cache, token_budget)
         engine = Engine(
             executor=executor,
             lane=lane,
             cache=cache,
             adapters=adapters,
-            policy=make_policy(config.schedule.policy),
-            budgets=Budgets(token_budget, config.schedule.max_num_seqs, executor.page_size),
+            scheduler=scheduler,
             max_model_len=loaded.max_model_len,
             max_queue=config.schedule.max_queue,
             make_text=_text_maker(codec),
@@ -264,11 +275,67 @@ class Runtime:
             engine=engine,
             cache=cache,
             background=Background(engine, self._clock),
+            scheduler=scheduler,
             device=device,
             token_budget=token_budget,
             max_model_len=engine.max_model_len,
             served_name=served_name,
             created=datetime.now(UTC),
+        )
+
+    async def _make_scheduler(
+        self,
+        lane: Lane,
+        loaded: LoadedModel,
+        executor: StepExecutor,
+        cache: KVCacheManager,
+        token_budget: int,
+    ) -> Scheduler:
+        """The policy, with what it needs to know: costs, targets, memory."""
+        schedule = self.config.schedule
+        device = lane.device
+        profile = None
+        if schedule.profile != "off":
+            profile = await profiles.load_or_measure(
+                loaded,
+                executor,
+                lane,
+                device=device,
+                threads=lane.threads,
+                mode=schedule.profile,
+            )
+        costs = CostModel(profile)
+        ttft_s, tbt_s = choose_targets(schedule, profile.costs if profile else None, token_budget)
+        timeline = Timeline(clock=self._clock)
+        probe = MemoryProbe(device)
+        memory = profile.memory if profile is not None else MemoryCosts()
+        needs = MemoryNeeds(
+            # A CPU's pages take memory when they are first written to, a card's at start.
+            page=memory.page_bytes if device.type == "cpu" else 0,
+            training_token=memory.training_row_bytes,
+            prefill_token=memory.prefill_token_bytes,
+        )
+        watch = MemoryWatch(
+            probe.read,
+            MemoryThreshold(probe.read().total_bytes),
+            needs,
+            cache,
+            on_near_miss=lambda: timeline.mark("near miss"),
+        )
+        return Scheduler(
+            schedule.policy,
+            make_policy(schedule.policy, schedule.settings),
+            Budgets(
+                token_budget,
+                schedule.max_num_seqs,
+                executor.page_size,
+                ttft_s=ttft_s,
+                tbt_s=tbt_s,
+            ),
+            costs=costs,
+            timeline=timeline,
+            memory=watch,
+            clock=self._clock,
         )
 
     def _learning_service(self, served: _Served) -> LearningService:
@@ -283,8 +350,10 @@ class Runtime:
             cache=served.cache,
             engine=served.engine,
             background=served.background,
+            scheduler=served.scheduler,
             device=served.device,
             max_lora_rank=self.config.adapters.max_lora_rank,
+            sm_share=self.config.lanes.sm_share,
             clock=self._clock,
         )
 
@@ -306,6 +375,7 @@ class Runtime:
         request_id: str | None = None,
         record: bool | None = None,
         source: str | None = None,
+        request_class: RequestClass = "interactive",
     ) -> ResponseStream:
         """Answer a conversation.
 
@@ -317,6 +387,8 @@ class Runtime:
             request_id: unique among the live ones (made up).
             record: keep the answers so that feedback by their ids works (as configured).
             source: whose they are, for `forget` ("local").
+            request_class: "interactive" answers have latency targets; "batch" ones stand behind
+                those that came within half a minute, and come when they can.
 
         Returns at once; what is wrong is raised when the stream is entered or awaited.
         """
@@ -333,6 +405,7 @@ class Runtime:
             priority,
             request_id,
             lambda learning: learning.ticket(model, source, tuple(messages), record),
+            request_class,
         )
 
     def complete(
@@ -345,6 +418,7 @@ class Runtime:
         request_id: str | None = None,
         record: bool | None = None,
         source: str | None = None,
+        request_class: RequestClass = "interactive",
     ) -> ResponseStream:
         """Continue a text, or token ids. Otherwise like `chat`."""
 
@@ -363,6 +437,7 @@ class Runtime:
             priority,
             request_id,
             lambda learning: learning.ticket(model, source, None, record),
+            request_class,
         )
 
     def _request(
@@ -375,12 +450,20 @@ class Runtime:
         priority: int,
         request_id: str | None,
         ticket: Callable[[LearningService], object],
+        request_class: RequestClass,
     ) -> ResponseStream:
         async def admit(request_id: str) -> tuple[Engine, Request]:
             engine = self._served.engine
             try:
                 return engine, await self._admit(
-                    request_id, encode, size, params or SamplingParams(), model, priority, ticket
+                    request_id,
+                    encode,
+                    size,
+                    params or SamplingParams(),
+                    model,
+                    priority,
+                    ticket,
+                    request_class,
                 )
             except CotuneError as error:
                 for kind, reason in _REASONS:
@@ -402,12 +485,14 @@ class Runtime:
         model: str | None,
         priority: int,
         ticket: Callable[[LearningService], object],
+        request_class: RequestClass,
     ) -> Request:
         """Check everything, tokenize, and hand the request to the engine."""
         served = self._served
         arrival_s = self._clock()
         _check_request_id(request_id)
         _check_priority(priority)
+        _check_class(request_class)
         params.validate(vocab_size=served.loaded.vocab_size)
         served.engine.check_room()
         async with AsyncExitStack() as holds:
@@ -439,6 +524,7 @@ class Runtime:
                 priority=priority,
                 arrival_s=arrival_s,
                 record=None if served.learning is None else ticket(served.learning),
+                request_class=request_class,
             )
             served.engine.submit(request)
         return request
@@ -645,6 +731,17 @@ class Runtime:
         """A snapshot."""
         return self._served.engine.statistics()
 
+    def timeline(self, last_s: float | None = None) -> TimelineSnapshot:
+        """What each iteration and each quantum was meant to be, and what it was.
+
+        Args:
+            last_s: only of the last so many seconds (None: all that is remembered).
+
+        Raises:
+            ValueError: `last_s` is not a number of 0 or more.
+        """
+        return self._served.scheduler.timeline.snapshot(last_s)
+
     def describe(self) -> dict[str, object]:
         """What was chosen at start, for people and reports."""
         served = self._served
@@ -717,6 +814,7 @@ def _load_model(
             cache=config.cache,
             max_num_batched_tokens=token_budget,
             max_num_seqs=config.schedule.max_num_seqs,
+            record_decodes=config.lanes.cuda_graphs,
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ModelLoadError(
@@ -728,7 +826,7 @@ def _load_model(
     return loaded, executor, TextCodec(loaded.tokenizer)
 
 
-def _inference_threads(config: RuntimeConfig, device: torch.device) -> int | None:
+def inference_threads(config: RuntimeConfig, device: torch.device) -> int | None:
     """Intra-op threads of the inference lane: the training lane's come from the same cores."""
     threads = config.lanes.inference_threads
     if threads is None and device.type == "cpu" and config.learning.enabled:
@@ -789,6 +887,14 @@ def _check_request_id(request_id: object) -> None:
         raise RequestError(
             f"request_id must be a string of 1 to {MAX_REQUEST_ID_CHARS} characters",
             param="request_id",
+        )
+
+
+def _check_class(request_class: object) -> None:
+    if request_class not in get_args(RequestClass):
+        raise RequestError(
+            f"request_class is {request_class!r}; use one of {', '.join(get_args(RequestClass))}",
+            param="request_class",
         )
 
 

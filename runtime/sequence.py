@@ -27,11 +27,12 @@ from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from ..policy import WaitingView, rank_s
+from ..policy import rank_s
 from .types import Delta, Response, Timings, Usage
 
 if TYPE_CHECKING:
     from ..cache.manager import SequencePages
+    from ..policy import RequestClass
     from .answer_text import AnswerText
     from .errors import CotuneError
     from .sampling import SamplingState
@@ -65,6 +66,7 @@ class Request:
         logprobs_start: with `params.prompt_logprobs`, the first prompt position whose
             log-probability is wanted (at least 1); what comes before may be read from the cache.
         record: what `Engine` hands on with each finished answer, for the one who records them.
+        request_class: "interactive" answers have latency targets, "batch" ones come when they can.
     """
 
     __slots__ = (
@@ -72,6 +74,7 @@ class Request:
         "_waiters",
         "arrival_s",
         "error",
+        "has_targets",
         "id",
         "is_background",
         "is_started",
@@ -105,6 +108,7 @@ class Request:
         is_background: bool = False,
         logprobs_start: int = 1,
         record: object = None,
+        request_class: RequestClass = "interactive",
     ) -> None:
         self.id = request_id
         self.prompt = prompt
@@ -114,7 +118,8 @@ class Request:
         self.version = version
         self.model = model
         self.arrival_s = arrival_s
-        self.rank_s = rank_s(priority, arrival_s)
+        self.rank_s = rank_s(priority, arrival_s, request_class)
+        self.has_targets = request_class == "interactive" and not is_background
         self.sequences: tuple[SequenceState, ...] = ()
         self.unfinished = 0
         self.is_started = False
@@ -198,8 +203,8 @@ class SequenceState:
         slot: the adapter slot while it runs.
         end: how many tokens of `output` count, once it is finished.
         published: how many of them have become text.
-        view: its entry in the observation while it waits.
-        hint_epoch: when `view.cached` was looked up.
+        hint_epoch: when it was looked up what the cache has of its tokens.
+        shared_with: by the key of a prefilling sequence, how many tokens both begin with.
     """
 
     __slots__ = (
@@ -223,6 +228,7 @@ class SequenceState:
         "response",
         "sampling",
         "scheduled_s",
+        "shared_with",
         "slot",
         "status",
         "stop_reason",
@@ -230,7 +236,6 @@ class SequenceState:
         "text_parts",
         "token_times",
         "tokens",
-        "view",
     )
 
     def __init__(
@@ -259,7 +264,7 @@ class SequenceState:
         self.published = 0
         self.is_published = False
         self.response: Response | None = None
-        self.view: WaitingView | None = None
+        self.shared_with: dict[int, int] = {}
         self.hint_epoch = -1
         self._ends_with_token = False
         self._taken_parts = 0
@@ -275,18 +280,6 @@ class SequenceState:
         if self.index == 0 and self.request.lacks_prompt_logprobs:
             return self.tokens[: self.request.logprobs_start]
         return self.tokens
-
-    def waiting_view(self, cached: int) -> WaitingView:
-        """Its entry among the waiting."""
-        version = self.request.version
-        return WaitingView(
-            self.key,
-            self.request.rank_s,
-            len(self.tokens),
-            cached,
-            version if version.name else None,
-            self.request.is_background,
-        )
 
     def append(self, token_id: int, now_s: float) -> None:
         """Take a sampled token and see whether it is the last.

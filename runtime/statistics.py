@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from .scheduling.statistics import ScheduleStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +38,7 @@ class RuntimeStatistics:
         plan_s: observing, planning and preparing iterations: the device waits.
         commit_s: taking results: the device waits.
         deliver_s: text and waking of readers, while the next iteration runs.
+        schedule: what the scheduler did.
     """
 
     running: int
@@ -54,6 +57,7 @@ class RuntimeStatistics:
     plan_s: float
     commit_s: float
     deliver_s: float
+    schedule: ScheduleStatistics = field(default_factory=ScheduleStatistics)
 
 
 class Listener(Protocol):

@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping  # noqa: TC003 - dataclass fields are inspected at run time
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from .errors import RequestError
+
+if TYPE_CHECKING:
+    from ..policy.types import RequestClass as RequestClass
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

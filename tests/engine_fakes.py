@@ -9,6 +9,7 @@ changes what is generated from there on. `reference` computes the same from the 
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from array import array
 from collections import deque
@@ -18,11 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from cotune.cache.manager import KVCacheManager
 from cotune.policy import Budgets, make_policy
+from cotune.policy.costs import CostModel
+from cotune.policy.memory import MemoryThreshold
 from cotune.runtime.adapters import AdapterStore
 from cotune.runtime.answer_text import AnswerText
 from cotune.runtime.engine import Engine
 from cotune.runtime.lora import LoraWeights
 from cotune.runtime.randomness import stream_key
+from cotune.runtime.scheduling.memory_watch import MemoryNeeds, MemoryWatch
+from cotune.runtime.scheduling.scheduler import Scheduler
+from cotune.runtime.scheduling.timeline import Timeline
 from cotune.runtime.sequence import Request
 from cotune.runtime.statistics import Listeners
 from cotune.runtime.step import SequenceResult, SequenceStep, StepResult
@@ -32,8 +38,9 @@ from cotune.runtime.types import BASE, AdapterVersion, SamplingParams, TokenLogp
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 
-    from cotune.policy import IterationPlan, Observation, Policy
+    from cotune.policy import IterationPlan, Observation, Policy, RequestClass
     from cotune.runtime.types import Response
+    from cotune.streams.memory import MemoryReading
 
 VOCAB = 64
 EOS = 0
@@ -291,6 +298,11 @@ class Bench:
     lane: Any = field(default_factory=InlineLane)
     clock: FakeClock = field(default_factory=FakeClock)
     explosive: Container[int] = ()
+    planner: Policy = field(default_factory=lambda: make_policy("inference-only"))
+    ttft_s: float = math.inf
+    tbt_s: float = math.inf
+    read_memory: Callable[[], MemoryReading] | None = None
+    page_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.executor = FakeExecutor(self.num_pages, self.page_size)
@@ -300,7 +312,27 @@ class Bench:
             on_retired=self.cache.drop_namespace,
             on_returned=self.cache.revive_namespace,
         )
-        self.policy = CheckingPolicy(make_policy("inference-only"))
+        self.policy = CheckingPolicy(self.planner)
+        memory = None
+        if self.read_memory is not None:
+            memory = MemoryWatch(
+                self.read_memory,
+                MemoryThreshold(self.read_memory().total_bytes),
+                MemoryNeeds(page=self.page_bytes),
+                self.cache,
+                lambda: None,
+            )
+        self.scheduler = Scheduler(
+            "checking",
+            self.policy,
+            Budgets(
+                self.tokens, self.sequences, self.page_size, ttft_s=self.ttft_s, tbt_s=self.tbt_s
+            ),
+            costs=CostModel(),
+            timeline=Timeline(clock=self.clock),
+            memory=memory,
+            clock=self.clock,
+        )
         self.recorder = Recorder()
         listeners = Listeners()
         listeners.add(self.recorder)
@@ -309,8 +341,7 @@ class Bench:
             lane=self.lane,
             cache=self.cache,
             adapters=self.adapters,
-            policy=self.policy,
-            budgets=Budgets(self.tokens, self.sequences, self.page_size),
+            scheduler=self.scheduler,
             max_model_len=self.max_model_len,
             max_queue=self.max_queue,
             make_text=lambda _prompt, params: AnswerText(FakeDetokenizer(self.explosive), params),
@@ -360,6 +391,7 @@ class Bench:
         seed: int = 0,
         request_id: str | None = None,
         arrival_s: float | None = None,
+        request_class: RequestClass = "interactive",
         **params: Any,
     ) -> Request:
         """A request that was not submitted yet."""
@@ -375,6 +407,7 @@ class Bench:
             model="fake",
             priority=priority,
             arrival_s=self.clock.now_s if arrival_s is None else arrival_s,
+            request_class=request_class,
         )
 
     def stream(self, prompt: Sequence[int], **options: Any) -> ResponseStream:

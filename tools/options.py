@@ -26,6 +26,7 @@ from ..runtime.config import (
 )
 from ..runtime.errors import ConfigError
 from .learning_options import FLAG_OF_LEARNING_SETTING, add_learning_arguments, learning_config
+from .schedule_options import FLAG_OF_SCHEDULE_SETTING, add_schedule_arguments, schedule_config
 
 if TYPE_CHECKING:
     import asyncio
@@ -54,6 +55,8 @@ FLAG_OF_SETTING = {
     "adapters.max_loras": "--max-loras",
     "adapters.max_lora_rank": "--max-lora-rank",
     "lanes.inference_threads": "--threads",
+    "lanes.cuda_graphs": "--enforce-eager",
+    "lanes.sm_share": "--training-sm-share",
     "seed": "--seed",
     "host": "--host",
     "port": "--port",
@@ -63,6 +66,7 @@ FLAG_OF_SETTING = {
     "max_messages": "--max-messages",
     "max_n": "--max-n",
     "shutdown_timeout_s": "--shutdown-timeout",
+    **FLAG_OF_SCHEDULE_SETTING,
     **FLAG_OF_LEARNING_SETTING,
 }
 """Which flag sets a setting, so that an error about the setting can name the flag."""
@@ -233,6 +237,18 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, *, learning: bool = F
         metavar="N",
         help="intra-op threads of the inference lane on a CPU (torch's own choice)",
     )
+    memory.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="on a GPU, do not record decodes as CUDA graphs",
+    )
+    memory.add_argument(
+        "--training-sm-share",
+        type=float,
+        metavar="F",
+        help="on a GPU, share of its multiprocessors that training may use (all, at low priority)",
+    )
+    add_schedule_arguments(parser)
 
     lora = parser.add_argument_group("LoRA adapters")
     lora.add_argument(
@@ -303,7 +319,8 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
             memory_fraction=args.kv_memory_fraction,
             enable_prefix_sharing=args.enable_prefix_caching,
         ),
-        schedule=ScheduleConfig(
+        schedule=schedule_config(
+            args,
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             max_queue=args.max_queue,
@@ -313,7 +330,11 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
             max_loras=args.max_loras,
             max_lora_rank=args.max_lora_rank,
         ),
-        lanes=LaneConfig(inference_threads=args.threads),
+        lanes=LaneConfig(
+            inference_threads=args.threads,
+            cuda_graphs=not args.enforce_eager,
+            sm_share=args.training_sm_share,
+        ),
         learning=learning_config(args),
         seed=args.seed,
     )

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ...streams.lane import Lane
     from ..adapters import AdapterStore
+    from ..scheduling.desk import TrainingDesk
     from ..training.trainer import StepReport, Trainer, TrainerState
     from .config import LearningConfig
     from .examiner import Examiner
@@ -78,6 +79,7 @@ class Learner:
         versions: directories of versions.
         adapters: holds candidates while they are examined.
         lane: the training lane.
+        desk: where quanta are offered; they run on that lane.
         make_trainer: called on the lane, once there is something to train on.
         directory: for checkpoints.
         base: name and fingerprint of the base model.
@@ -95,6 +97,7 @@ class Learner:
         versions: VersionStore,
         adapters: AdapterStore,
         lane: Lane,
+        desk: TrainingDesk,
         make_trainer: Callable[[], Trainer],
         directory: Path,
         base: tuple[str, str],
@@ -108,6 +111,8 @@ class Learner:
         self._versions = versions
         self._adapters = adapters
         self._lane = lane
+        self._desk = desk
+        self._desk_key = desk.enroll(adapter)
         self._make_trainer = make_trainer
         self._directory = directory
         self._base = base
@@ -165,6 +170,7 @@ class Learner:
             try:
                 while pending := await self._store.pending(self.adapter, REFERENCE_BATCH):
                     await self._reference(pending)
+                    self._states = dict(await self._store.states(self.adapter))
                 self._states = dict(await self._store.states(self.adapter))
             except StorageError as error:  # what is missing is tried again at the next change
                 log.error("feedback for %s waits for the disk: %s", self.adapter, error)
@@ -293,16 +299,19 @@ class Learner:
     # -- training --------------------------------------------------------------------------------
 
     async def _step(self) -> None:
-        """One optimizer step, quantum by quantum."""
+        """One optimizer step, quantum by quantum, each when the scheduler starts it."""
         trainer = await self._ready_trainer()
         before = self._buffer.state()
+        outlook = self._buffer.outlook()
         batch = self._buffer.next_batch()
         report: StepReport | None = None
         is_done = False
         try:
             await self._lane.run(trainer.begin, batch)
+            is_begun = False
             while trainer.next_quantum() is not None:
-                report = await self._lane.run(trainer.run_quantum)
+                report = await self._desk.run(self._desk_key, trainer, outlook, is_begun=is_begun)
+                is_begun = True
             is_done = True
         finally:
             if not is_done:
@@ -312,6 +321,7 @@ class Learner:
         await self._refuse_unfit(report)
         if report.skipped is not None:
             return
+        self._buffer.note_losses(report.sample_losses)
         self._report = report
         self._steps += 1
         if not self._steps_since:

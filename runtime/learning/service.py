@@ -9,7 +9,6 @@ event loop; training runs on a lane of its own, disk writes on threads.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from ...streams.lane import Lane
 from ..errors import ConfigError, DrainingError, NotFoundError, RequestError, StorageError
+from ..fingerprint import model_fingerprint
 from ..lora import read_lora
 from ..training.safepoints import Safepoints
 from .examiner import Examiner
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..loading import LoadedModel
     from ..lora import LoraWeights
+    from ..scheduling.desk import TrainingDesk
+    from ..scheduling.scheduler import Scheduler
     from ..tokenization import TextCodec
     from ..training.trainer import Trainer
     from ..types import AdapterVersion, Message, Response, SamplingParams
@@ -56,9 +58,6 @@ log = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 300.0
 """How often retention is enforced."""
-FINGERPRINT_BYTES = 1 << 16
-"""What the fingerprint of the base model looks at in each of `FINGERPRINT_PLACES` of a file."""
-FINGERPRINT_PLACES = 8
 MAX_DIGITS = 15
 """Of a version's number."""
 
@@ -83,9 +82,10 @@ class LearningService:
         loaded: the model.
         codec: its tokenizer.
         adapters: in which `served_name` and `config.adapters` are learned names.
-        cache, engine, background: of the runtime.
+        cache, engine, background, scheduler: of the runtime.
         device: of the training lane.
         max_lora_rank: highest rank that a slot takes.
+        sm_share: of a card's multiprocessors that the training lane may use.
         clock: seconds, monotonic.
 
     Entering raises `ConfigError` where the state directory cannot be used.
@@ -102,8 +102,10 @@ class LearningService:
         cache: KVCacheManager,
         engine: Engine,
         background: Background,
+        scheduler: Scheduler,
         device: torch.device,
         max_lora_rank: int,
+        sm_share: float | None,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
@@ -115,6 +117,7 @@ class LearningService:
         self._engine = engine
         self._device = device
         self._max_lora_rank = max_lora_rank
+        self._sm_share = sm_share
         self._clock = clock
         self.state = (
             StateDirectory(config.state_dir)
@@ -122,6 +125,7 @@ class LearningService:
             else StateDirectory.default(served_name)
         )
         self.background = background
+        self._scheduler = scheduler
         self.safepoints = Safepoints()
         self._max_length = min(
             config.training.max_length or engine.max_model_len, engine.max_model_len
@@ -141,17 +145,24 @@ class LearningService:
             probe = await asyncio.to_thread(self._read_probe)
             self._versions = await asyncio.to_thread(VersionStore, state.adapters)
             stack.callback(self._versions.close)
-            fingerprint = await asyncio.to_thread(_fingerprint, self._loaded.path)
+            fingerprint = await asyncio.to_thread(model_fingerprint, self._loaded.path)
             base = (self._loaded.name, fingerprint)
             await asyncio.to_thread(state.claim, *base)
             self._store = await stack.enter_async_context(
                 FeedbackStore(partial(SqliteBackend, state.feedback), config.feedback)
             )
-            lane = Lane("training", device=self._device, threads=config.training.threads)
+            lane = Lane(
+                "training",
+                device=self._device,
+                threads=config.training.threads,
+                sm_share=self._sm_share,
+            )
             stack.enter_context(lane)
+            desk = self._scheduler.open_training(lane, self.safepoints)
+            stack.callback(self._scheduler.close_training)
             stack.callback(self.safepoints.close)
             for name in (self._served_name, *config.adapters):
-                self._learners[name] = await self._make_learner(name, lane, probe, base)
+                self._learners[name] = await self._make_learner(name, lane, desk, probe, base)
             self._intake = Intake(
                 self._store,
                 self._codec,
@@ -205,7 +216,12 @@ class LearningService:
             )
 
     async def _make_learner(
-        self, name: str, lane: Lane, probe: tuple[tuple[int, ...], ...], base: tuple[str, str]
+        self,
+        name: str,
+        lane: Lane,
+        desk: TrainingDesk,
+        probe: tuple[tuple[int, ...], ...],
+        base: tuple[str, str],
     ) -> Learner:
         examiner = Examiner(self.background, probe, max_length=self._engine.max_model_len)
         publisher = Publisher(
@@ -227,6 +243,7 @@ class LearningService:
             versions=self._versions,
             adapters=self._adapters,
             lane=lane,
+            desk=desk,
             make_trainer=self._make_trainer,
             directory=self.state.training(name),
             base=base,
@@ -452,20 +469,3 @@ def _sampling(params: SamplingParams) -> dict[str, object]:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
-
-
-def _fingerprint(path: Path) -> str:
-    """What tells one base model from another: its config, and samples of its weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
-            size = file.stat().st_size
-            digest.update(f"{file.name}:{size}:".encode())
-            with file.open("rb") as stream:
-                for place in range(FINGERPRINT_PLACES):
-                    last = max(size - FINGERPRINT_BYTES, 0)
-                    stream.seek(last * place // (FINGERPRINT_PLACES - 1))
-                    digest.update(stream.read(FINGERPRINT_BYTES))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read any more: {error}", param="model") from error
-    return digest.hexdigest()

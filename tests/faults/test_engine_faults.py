@@ -214,7 +214,7 @@ async def test_a_broken_policy_stops_the_engine_and_says_so_to_everyone() -> Non
         def plan(self, observation: Observation) -> IterationPlan:
             raise ZeroDivisionError("planning")
 
-    bench.engine._policy = Broken()
+    bench.scheduler._policy = Broken()
     stream = bench.stream(PROMPT)
 
     async def ask() -> None:

@@ -74,7 +74,7 @@ class Demo:
     def runtime(self, **settings: Any) -> Runtime:
         settings = {"num_pages": 128, "max_model_len": 512, **settings}
         dtype = str(self.dtype).removeprefix("torch.")
-        return Runtime(device="cpu", dtype=dtype, inference_threads=1, **settings)
+        return Runtime(device="cpu", dtype=dtype, inference_threads=1, profile="off", **settings)
 
     def check(self, responses: Sequence[Response], *, ignore_eos: bool = False) -> None:
         for response in responses:

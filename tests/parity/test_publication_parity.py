@@ -70,7 +70,7 @@ def runtime(directory: Path, state_dir: Path, *, warm: bool = True, **settings: 
     learning = LearningConfig(
         enabled=True, state_dir=state_dir, adapters=(TENANT,), train=False, warm_prefixes=warm
     )
-    settings = {"num_pages": 512, "max_num_batched_tokens": 256, **settings}
+    settings = {"num_pages": 512, "max_num_batched_tokens": 256, "profile": "off", **settings}
     return Runtime(
         directory,
         "cpu",

@@ -125,7 +125,7 @@ class Subject:
 
     def runtime(self, *adapters: str, **settings: Any) -> Runtime:
         """A runtime with these adapters, and pages enough unless a test says otherwise."""
-        settings = {"num_pages": 128, "max_num_batched_tokens": 256, **settings}
+        settings = {"num_pages": 128, "max_num_batched_tokens": 256, "profile": "off", **settings}
         return Runtime(
             self.path / "model",
             "cpu",

@@ -120,6 +120,7 @@ def runtime(directory: Path, tmp_path: Path) -> Runtime:
         inference_threads=1,
         num_pages=256,
         max_num_batched_tokens=64,
+        profile="off",
     )
 
 

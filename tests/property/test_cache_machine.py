@@ -65,6 +65,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.retired: set[Hashable] = set()
         self.now = 0
         self.evicted = 0
+        self.used: set[int] = set()  # pages that were ever handed out
+        self.kept_back = 0  # of the others, those that may not be
 
     # --- the model -------------------------------------------------------------------------
 
@@ -101,6 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
         unread = self.unread()
         free = self.num_pages - len(self.owned()) - len(unread)
         table = list(seq.pages.block_table)
+        free -= self.kept_back
         expected = missing <= 0 or missing <= free + len(unread)
         assert self.cache.reserve(seq.pages, num_tokens) == expected
         if not expected or missing <= 0:
@@ -112,6 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.evicted += 1
         assert seq.pages.block_table[: len(table)] == table
         assert len(seq.pages.block_table) == len(table) + missing
+        self.used |= set(seq.pages.block_table)
         return True
 
     def compute_one(self, seq: Running, num_tokens: int) -> bool:
@@ -281,6 +285,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.revive_namespace(namespace)
         self.retired.discard(namespace)
 
+    @rule(pages=st.none() | st.integers(-1, 8))
+    def limit_growth(self, pages: int | None) -> None:
+        """Memory is short, or there again."""
+        self.cache.limit_growth(pages)
+        unused = self.num_pages - len(self.used)
+        self.kept_back = 0 if pages is None else max(0, unused - max(0, pages))
+
     @rule(nth=NAMESPACE, max_tokens=st.integers(0, 30))
     def ask_for_hot_prefixes(self, nth: int, max_tokens: int) -> None:
         namespace = self.namespace(nth)
@@ -321,7 +332,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert now.owned_pages == len(self.owned())
         assert now.cached_pages == len(self.unread())
         assert now.free_pages == self.num_pages - now.owned_pages - now.cached_pages
-        assert self.cache.available_pages == now.free_pages + now.cached_pages
+        assert self.cache.available_pages == now.free_pages + now.cached_pages - self.kept_back
+        assert self.cache.unused_pages == self.num_pages - len(self.used) - self.kept_back
+        assert self.cache.is_growth_limited == (self.kept_back > 0)
         assert now.evicted_pages == self.evicted
 
     @invariant()
@@ -359,6 +372,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.assert_reads_right(seq)
             self.close_one(seq)
         # Alone, a sequence may have every page there is.
+        self.limit_growth(None)
         last = self.open_one(("base", 0), [], use_cache=True)
         assert self.reserve(last, self.num_pages * self.page_size)
         assert not self.reserve(last, self.num_pages * self.page_size + 1)

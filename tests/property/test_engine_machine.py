@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cotune.policy import inference_only
+from cotune.policy import packing
 from cotune.runtime.errors import IterationError, NotFoundError
 from cotune.runtime.randomness import stream_key
 from cotune.runtime.types import BASE, AdapterVersion, Delta
@@ -67,7 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
         sequences=st.integers(2, 6),
         prefix_sharing=st.sampled_from([True, True, False]),
         slots=st.integers(1, 2),
-        headroom=st.sampled_from([0, 0, inference_only.HEADROOM_TOKENS]),
+        headroom=st.sampled_from([0, 0, packing.HEADROOM_TOKENS]),
     )
     def start(
         self,
@@ -79,7 +79,7 @@ class EngineMachine(RuleBasedStateMachine):
         headroom: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()  # without headroom there are many more preemptions
-        self.patch.setattr(inference_only, "HEADROOM_TOKENS", headroom)
+        self.patch.setattr(packing, "HEADROOM_TOKENS", headroom)
         self.runner = asyncio.Runner()
         self.lives: list[Live] = []
         self.salts: dict[AdapterVersion, int] = {BASE: 0}

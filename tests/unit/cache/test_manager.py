@@ -217,6 +217,27 @@ def test_free_pages_are_used_before_any_is_evicted() -> None:
     assert counts(cache) == (0, 2, 4)
 
 
+def test_where_growth_is_limited_kept_prefixes_go_before_new_pages() -> None:
+    cache = KVCacheManager(8, PAGE)
+    cache.close(compute(cache, tokens(0, 13)))  # three full pages are kept, the fourth is free
+    cache.limit_growth(1)
+    assert cache.is_growth_limited
+    assert (cache.available_pages, cache.unused_pages) == (5, 1)
+    seq = cache.open(BASE, tokens(50, 4))
+    assert cache.reserve(seq, 2 * PAGE)
+    assert seq.block_table == [3, 4]
+    assert cache.match(BASE, tokens(0, 13)) == 12
+    assert cache.reserve(seq, 4 * PAGE)
+    assert seq.block_table == [3, 4, 1, 2]
+    assert cache.match(BASE, tokens(0, 13)) == 4
+    assert not cache.reserve(seq, 6 * PAGE)
+    cache.limit_growth(None)
+    assert not cache.is_growth_limited
+    assert cache.reserve(seq, 6 * PAGE)
+    assert cache.statistics().evicted_pages == 2
+    cache.check_integrity()
+
+
 def test_reserving_is_all_or_nothing() -> None:
     cache = KVCacheManager(4, PAGE)
     running = compute(cache, tokens(0, 8))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import math
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,11 +17,20 @@ from cotune import (
     RequestError,
     SamplingParams,
 )
-from cotune.policy import inference_only
+from cotune.policy import make_policy, packing
+from cotune.policy.settings import PolicySettings
+from cotune.policy.types import BATCH_STEP_S, IterationPlan, TrainingPlan
 from cotune.runtime import engine as engine_module
 from cotune.runtime.errors import IterationError
+from cotune.runtime.scheduling.memory_watch import READ_INTERVAL_S
 from cotune.runtime.sequence import Status
-from engine_fakes import EOS, Bench, GatedLane, collect, letters, reference, settle
+from cotune.runtime.training.safepoints import Safepoints
+from cotune.streams.memory import MemoryReading
+from engine_fakes import EOS, Bench, FakeClock, GatedLane, collect, letters, reference, settle
+from schedule_fakes import OUTLOOK, FakeTrainer, Scripted, learn
+
+if TYPE_CHECKING:
+    from cotune.policy import Observation, Policy
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5]
 
@@ -221,7 +233,7 @@ async def test_a_preemption_that_frees_too_little_is_followed_by_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Most pages of the last in rank are in use by others, so that taking it out yields little."""
-    monkeypatch.setattr(inference_only, "HEADROOM_TOKENS", 0)
+    monkeypatch.setattr(packing, "HEADROOM_TOKENS", 0)
     lane = GatedLane()
     prefix = [*range(1, 13)]
     async with Bench(lane=lane, num_pages=6, max_model_len=24, page_size=4) as bench:
@@ -390,6 +402,312 @@ async def test_the_engine_sleeps_when_there_is_nothing_to_do() -> None:
         plans = len(bench.policy.observations)
         await settle(50)
         assert len(bench.policy.observations) == plans
+
+
+# -- what a policy sees and says -----------------------------------------------------------------
+
+
+async def test_interactive_tokens_have_a_time_when_they_are_due_and_batch_ones_have_none() -> None:
+    lane = GatedLane()
+    async with asyncio.timeout(10.0), Bench(lane=lane, ttft_s=2.0, tbt_s=0.5) as bench:
+        quick = bench.stream(PROMPT, arrival_s=90.0)
+        slow = bench.stream(PROMPT, arrival_s=80.0, request_class="batch")
+        async with quick, slow:
+            gate = await lane.reached()
+            first = bench.policy.observations[0]
+            assert first.budgets.ttft_s == 2.0
+            assert [(view.rank_s, view.due_s) for view in first.waiting] == [
+                (90.0, 92.0),
+                (80.0 + BATCH_STEP_S, math.inf),
+            ]
+            bench.clock.now_s = 103.0
+            gate.set_result(None)
+            gate = await lane.reached()
+            seen = next(view for view in bench.policy.observations if view.running)
+            assert [view.rank_s for view in seen.running] == [90.0, 80.0 + BATCH_STEP_S]
+            assert [view.due_s for view in seen.running] == [103.5, math.inf]
+            lane.open()
+            for stream in (quick, slow):
+                assert list((await stream).token_ids) == tokens_of(PROMPT)
+
+
+async def test_a_batch_request_starts_behind_those_that_came_within_half_a_minute() -> None:
+    lane = GatedLane()
+    async with asyncio.timeout(10.0), Bench(lane=lane, sequences=1) as bench:
+        first = bench.stream([1, 2])
+        async with first, AsyncExitStack() as stack:
+            gate = await lane.reached()
+            others = [
+                bench.stream([3, 4], arrival_s=80.0, request_class="batch"),
+                bench.stream([5, 6], arrival_s=99.0),
+                bench.stream([7, 8], arrival_s=60.0, request_class="batch"),
+            ]
+            for stream in others:
+                _ = await stack.enter_async_context(stream)
+            lane.open()
+            for stream in (first, *others):
+                await stream
+            assert gate.done()
+    ended = [response.prompt_token_ids for response in bench.recorder.finished]
+    assert ended == [(1, 2), (7, 8), (5, 6), (3, 4)]
+
+
+LONG = [*range(1, 42)]  # ten pages of 4, and one token
+
+
+async def prompt_tokens_computed(planner: Policy) -> int:
+    """Prompt tokens that are computed when two requests come with one long prompt."""
+    async with asyncio.timeout(10.0), Bench(planner=planner, tokens=16) as bench:
+        streams = [bench.stream(LONG), bench.stream(LONG)]
+        async with streams[0], streams[1]:
+            for stream in streams:
+                assert list((await stream).token_ids) == tokens_of(LONG)
+        return sum(
+            len(step.token_ids)
+            for steps in bench.executor.history
+            for step in steps
+            if step.start < len(LONG)
+        )
+
+
+async def test_a_long_prompt_that_is_being_computed_is_waited_for_and_computed_once() -> None:
+    assert await prompt_tokens_computed(make_policy("cotune")) == len(LONG) + 1
+    assert await prompt_tokens_computed(make_policy("inference-only")) > len(LONG) + 1
+
+
+async def test_what_is_coming_of_a_prompt_is_whole_pages_of_the_same_version() -> None:
+    lane = GatedLane()
+    async with asyncio.timeout(10.0), Bench(lane=lane, tokens=16, sequences=8) as bench:
+        tutor = bench.add_adapter("tutor", 7)
+        first = bench.stream(LONG)
+        async with first, AsyncExitStack() as stack:
+            gate = await lane.reached()
+            others = [
+                bench.stream([*LONG[:34], 60, 61]),
+                bench.stream([9, *LONG[1:5]]),
+                bench.stream(LONG, version=tutor),
+            ]
+            for stream in others:
+                _ = await stack.enter_async_context(stream)
+            gate.set_result(None)
+            gate = await lane.reached()
+            waiting = bench.policy.observations[-1].waiting
+            assert [(view.cached, view.coming) for view in waiting] == [(16, 32), (0, 0), (0, 0)]
+            lane.open()
+            for stream in (first, *others):
+                await stream
+
+
+async def test_nobody_waits_for_a_prompt_whose_request_was_left() -> None:
+    lane = GatedLane()
+    planner = make_policy("cotune")
+    async with asyncio.timeout(10.0), Bench(lane=lane, tokens=16, planner=planner) as bench:
+        second = bench.stream(LONG)
+        async with AsyncExitStack() as stack:
+            async with bench.stream(LONG):
+                gate = await lane.reached()
+                _ = await stack.enter_async_context(second)
+                gate.set_result(None)
+                _ = await lane.reached()
+                assert bench.policy.observations[-1].waiting[0].coming == 40
+            lane.open()
+            assert list((await second).token_ids) == tokens_of(LONG)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+class Training:
+    """A desk of the bench's, whose quanta run on a lane that the test lets go."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.lane = GatedLane()
+        self.safepoints = Safepoints()
+        lane: Any = self.lane
+        self.desk = bench.scheduler.open_training(lane, self.safepoints)
+        self.key = self.desk.enroll("tutor")
+
+    @property
+    def is_held(self) -> bool:
+        return self.safepoints.statistics().is_held
+
+    async def run_one(self) -> None:
+        """Offer one quantum, and wait until it has run."""
+        await self.desk.run(self.key, FakeTrainer(), OUTLOOK, is_begun=False)
+
+
+async def test_without_requests_quanta_run_as_they_come_and_nobody_polls() -> None:
+    async with asyncio.timeout(10.0), Bench(planner=make_policy("continuous")) as bench:
+        training, trainer = Training(bench), FakeTrainer()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(learn(training.desk, training.key, trainer))
+            for kind in ("forward", "backward", "step"):
+                gate = await training.lane.reached()
+                running = training.desk.view(0.0).running
+                assert running is not None
+                assert running.kind == kind
+                plans = len(bench.policy.observations)
+                await settle(50)
+                assert len(bench.policy.observations) == plans
+                gate.set_result(None)
+        assert task.result()[-1] is not None
+        await settle()
+        plans = len(bench.policy.observations)
+        await settle(50)
+        assert len(bench.policy.observations) == plans
+    assert bench.executor.history == []
+
+
+async def test_serving_pauses_for_a_step_where_the_policy_says_so() -> None:
+    lane = GatedLane()
+    planner = make_policy("synchronous")
+    async with asyncio.timeout(10.0), Bench(lane=lane, planner=planner) as bench:
+        training, trainer = Training(bench), FakeTrainer()
+        async with bench.stream(PROMPT) as stream, asyncio.TaskGroup() as group:
+            gate = await lane.reached()
+            group.create_task(learn(training.desk, training.key, trainer))
+            gate.set_result(None)
+            # The batch begins beside an iteration, and then its quanta run one after the other.
+            forward = await training.lane.reached()
+            await settle()
+            if lane.in_flight:
+                await lane.step()
+            computed = len(bench.executor.history)
+            forward.set_result(None)
+            for _ in range(2):
+                gate = await training.lane.reached()
+                await settle(50)
+                assert not lane.in_flight
+                gate.set_result(None)
+            _ = await lane.reached()
+            assert len(bench.executor.history) == computed
+            assert [kind for kind, _ in trainer.ran] == ["forward", "backward", "step"]
+            lane.open()
+            assert list((await stream).token_ids) == tokens_of(PROMPT)
+        assert bench.engine.statistics().schedule.pauses >= 2
+
+
+def hold_beside(observation: Observation) -> IterationPlan:
+    """Serve in order; start what is offered, and let it wait, always."""
+    plan = make_policy("inference-only").plan(observation)
+    training = observation.training
+    assert training is not None
+    start = training.offers[0].key if training.offers and not training.running else None
+    return replace(plan, training=TrainingPlan(start=start, hold=True))
+
+
+async def test_a_quantum_that_is_held_goes_on_when_there_is_nothing_to_serve() -> None:
+    lane = GatedLane()
+    async with asyncio.timeout(10.0), Bench(lane=lane, planner=Scripted(hold_beside)) as bench:
+        training = Training(bench)
+        async with asyncio.TaskGroup() as group:
+            async with bench.stream(PROMPT) as stream:
+                await lane.step()
+                group.create_task(training.run_one())
+                await lane.step()
+                gate = await training.lane.reached()
+                assert training.is_held
+                lane.open()
+                await stream
+            await settle()
+            assert training.desk.is_busy
+            assert not training.is_held
+            gate.set_result(None)
+
+
+async def test_what_cannot_run_beside_a_quantum_waits_for_its_end() -> None:
+    def plan(observation: Observation) -> IterationPlan:
+        training = observation.training
+        assert training is not None
+        if training.running:
+            return IterationPlan()
+        if training.offers:
+            return IterationPlan(training=TrainingPlan(start=training.offers[0].key))
+        return make_policy("inference-only").plan(observation)
+
+    async with asyncio.timeout(10.0), Bench(planner=Scripted(plan)) as bench:
+        training = Training(bench)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(training.run_one())
+            gate = await training.lane.reached()
+            async with bench.stream(PROMPT) as stream:
+                await settle(50)
+                assert bench.executor.history == []
+                gate.set_result(None)
+                assert list((await stream).token_ids) == tokens_of(PROMPT)
+
+
+async def test_an_offer_that_waits_for_its_time_is_looked_at_again_then() -> None:
+    settings = PolicySettings(periodic_window_s=0.02, periodic_share=0.5)
+    planner = make_policy("periodic", settings)
+    async with asyncio.timeout(10.0), Bench(planner=planner) as bench:
+        bench.clock.now_s = 100.015  # in the second half of a window
+        training = Training(bench)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(training.run_one())
+            await settle()
+            assert len(bench.policy.observations) == 1
+            assert not training.desk.is_busy
+            bench.clock.now_s = 100.025
+            (await training.lane.reached()).set_result(None)
+    assert len(bench.policy.observations) == 2
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+class TightMemory:
+    """A device of 1000 bytes, of which 40 are left alone; read anew each time it is looked at."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        self.reads = asyncio.Semaphore(0)
+        self.clock = FakeClock()
+
+    def read(self) -> MemoryReading:
+        self.reads.release()
+        self.clock.now_s += 2 * READ_INTERVAL_S
+        return MemoryReading(1000, self.free_bytes, 0)
+
+
+@pytest.mark.parametrize("free_bytes", [0, 40 + 2 * 10])  # nothing; two pages, and it needs three
+async def test_what_lacks_memory_waits_and_goes_on_when_it_is_there(
+    free_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "MEMORY_WAIT_S", 0.002)
+    memory = TightMemory(free_bytes)
+    bench = Bench(read_memory=memory.read, page_bytes=10, clock=memory.clock)
+    async with asyncio.timeout(10.0), bench, bench.stream(PROMPT) as stream:
+        for _ in range(6):
+            await memory.reads.acquire()
+        assert bench.executor.history == []
+        assert bench.engine.statistics().waiting == 1
+        memory.free_bytes = 900
+        assert list((await stream).token_ids) == tokens_of(PROMPT)
+
+
+async def test_what_runs_goes_on_without_memory_and_what_comes_waits() -> None:
+    memory, lane = TightMemory(900), GatedLane()
+    bench = Bench(lane=lane, read_memory=memory.read, page_bytes=10, clock=memory.clock)
+    first = bench.stream(PROMPT, max_tokens=24, ignore_eos=True)
+    second = bench.stream([7, 8, 9], max_tokens=2)
+    async with asyncio.timeout(10.0), bench, first:
+        gate = await lane.reached()
+        memory.free_bytes = 0
+        async with second:
+            for _ in range(22):
+                bench.clock.now_s += 1.0
+                gate.set_result(None)
+                gate = await lane.reached()
+                assert [len(step.token_ids) for step in bench.executor.history[-1]] in ([9], [1])
+                assert bench.engine.statistics().waiting == 1
+            memory.free_bytes = 900
+            bench.clock.now_s += 1.0
+            lane.open()
+            assert list((await first).token_ids) == tokens_of(
+                PROMPT, max_tokens=24, ignore_eos=True
+            )
+            assert list((await second).token_ids) == tokens_of([7, 8, 9], max_tokens=2)
 
 
 # -- adapters ------------------------------------------------------------------------------------

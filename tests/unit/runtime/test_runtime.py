@@ -341,7 +341,7 @@ async def test_an_engine_that_breaks_ends_the_block_with_its_error(model: Path) 
 
     async def block() -> None:
         async with runtime(model) as rt:
-            rt._served.engine._policy = Broken()
+            rt._served.scheduler._policy = Broken()
             await rt.chat(MESSAGES)
 
     with pytest.raises(ExceptionGroup) as caught:
@@ -379,6 +379,6 @@ async def test_a_description_names_what_was_chosen(shared: Runtime, model: Path)
     assert described["model"] == "tiny"
     assert described["path"] == str(model)
     assert described["device"] == "cpu"
-    assert described["policy"] == "inference-only"
+    assert described["policy"] == "cotune"
     assert described["max_num_batched_tokens"] == 512
     assert {"attention", "page_size", "num_pages", "max_model_len"} <= set(described)

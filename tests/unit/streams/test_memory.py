@@ -240,6 +240,26 @@ def test_without_nvml_torch_is_asked_and_that_is_said_once(
     assert "cuda:1 is read through torch, not NVML" in caplog.text
 
 
+def test_when_nvml_fails_later_torch_is_asked_from_then_on_and_that_is_said_once(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe = MemoryProbe(torch.device("cuda", 0))
+    assert probe.read().free_bytes == 30 * GIB
+    asked = []
+
+    def fail(handle: str) -> Any:
+        asked.append(handle)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", fail)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert probe.read() == MemoryReading(79 * GIB, 29 * GIB, 3 * GIB)
+    assert (probe.source, len(asked)) == ("torch", 1)
+    assert len(caplog.records) == 1
+    assert "cuda:0 is read through torch, not NVML: GPU is lost" in caplog.text
+
+
 def test_a_card_that_torch_has_not_used_yet_has_nothing_unused(
     card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+from cotune.policy.settings import PolicySettings
 from cotune.runtime.config import RuntimeConfig
 from cotune.runtime.errors import ConfigError
 from cotune.tools import chat, serve
@@ -21,6 +22,7 @@ from cotune.tools.options import (
     parse_lora_module,
     runtime_config,
 )
+from cotune.tools.schedule_options import schedule_config
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -103,7 +105,11 @@ def test_each_flag_sets_its_setting(parser: argparse.ArgumentParser) -> None:
                 "--seed", "-3", "--max-num-seqs", "7", "--max-num-batched-tokens", "2k",
                 "--max-queue", "9", "--kv-cache-memory-bytes", "1G", "--kv-memory-fraction", "0.5",
                 "--num-gpu-blocks-override", "11", "--block-size", "32",
-                "--no-enable-prefix-caching", "--threads", "2",
+                "--no-enable-prefix-caching", "--threads", "2", "--enforce-eager",
+                "--training-sm-share", "0.25", "--policy", "inference-only",
+                "--ttft-target-ms", "250", "--tbt-target-ms", "12.5",
+                "--profile", "some/file.json", "--gamma", "3",
+                "--min-chunk-tokens", "4", "--training-signal", "loss",
                 "--lora-modules", "a=x", "b=y", "--max-loras", "3", "--max-lora-rank", "8",
             ]
         )
@@ -125,6 +131,15 @@ def test_each_flag_sets_its_setting(parser: argparse.ArgumentParser) -> None:
     assert config.cache.page_size == 32
     assert not config.cache.enable_prefix_sharing
     assert config.lanes.inference_threads == 2
+    assert not config.lanes.cuda_graphs
+    assert config.lanes.sm_share == 0.25
+    assert config.schedule.policy == "inference-only"
+    assert config.schedule.ttft_target_s == 0.25
+    assert config.schedule.tbt_target_s == 0.0125
+    assert config.schedule.profile == "some/file.json"
+    assert config.schedule.settings.gamma == 3.0
+    assert config.schedule.settings.min_chunk_tokens == 4
+    assert config.schedule.settings.training_signal == "loss"
     assert config.adapters.modules == (("a", Path("x")), ("b", Path("y")))
     assert config.adapters.max_loras == 3
     assert config.adapters.max_lora_rank == 8
@@ -142,6 +157,38 @@ def test_a_wrong_value_is_refused_with_its_setting(parser: argparse.ArgumentPars
     assert FLAG_OF_SETTING[str(caught.value.param)] == "--max-num-seqs"
 
 
+@pytest.mark.parametrize(
+    ("argv", "setting", "flag"),
+    [
+        (["--ttft-target-ms", "0"], "schedule.ttft_target_s", "--ttft-target-ms"),
+        (["--tbt-target-ms", "nan"], "schedule.tbt_target_s", "--tbt-target-ms"),
+        (["--profile", " "], "schedule.profile", "--profile"),
+        (["--training-sm-share", "1"], "lanes.sm_share", "--training-sm-share"),
+        (["--gamma", "-1"], "schedule.settings.gamma", "--gamma"),
+        (["--training-floor", "1.5"], "schedule.settings.training_floor", "--training-floor"),
+        (["--packing-bins", "0"], "schedule.settings.packing_bins", "--packing-bins"),
+    ],
+)
+def test_a_wrong_setting_of_scheduling_is_refused_with_its_flag(
+    parser: argparse.ArgumentParser, argv: list[str], setting: str, flag: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        runtime_config(parser.parse_args(argv))
+    assert caught.value.param == setting
+    assert caught.value.message.startswith(setting)
+    assert FLAG_OF_SETTING[setting] == flag
+
+
+def test_the_flag_of_a_policys_constant_is_its_name(parser: argparse.ArgumentParser) -> None:
+    # Not validated here, so that any value will do.
+    given: dict[str, Any] = {
+        name: "loss" if name == "training_signal" else value + 1
+        for name, value in asdict(PolicySettings()).items()
+    }
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    assert schedule_config(parser.parse_args(argv)).settings == PolicySettings(**given)
+
+
 def test_every_flag_named_in_errors_is_a_flag_of_serve() -> None:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
@@ -157,8 +204,8 @@ def test_every_setting_has_a_flag_but_those_that_have_no_use_here() -> None:
         return set().union(*found)
 
     settings = {name.removeprefix(".") for name in names(RuntimeConfig())}
-    # There is one policy so far, and leaving the server drains for --shutdown-timeout.
-    assert settings - set(FLAG_OF_SETTING) == {"schedule.policy", "schedule.stop_grace_s"}
+    # Leaving the server drains for --shutdown-timeout.
+    assert settings - set(FLAG_OF_SETTING) == {"schedule.stop_grace_s"}
 
 
 def test_the_key_comes_from_the_flag_or_else_from_the_environment() -> None:

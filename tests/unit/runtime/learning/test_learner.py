@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cotune.runtime.learning.samples import Sample
+    from cotune.runtime.scheduling.desk import Outlook
 
 NAME = "main"
 PASSED = Verdict(passed=True, reasons=(), explanation="passed", metrics={"raw_win_rate": 0.9})
@@ -159,10 +160,10 @@ class FakeTrainer:
         assert self._batch is None
         self._batch = batch
 
-    def next_quantum(self) -> Quantum | None:
+    def next_quantum(self, max_tokens: int = 0) -> Quantum | None:
         return None if self._batch is None else Quantum(kind="step", samples=1, tokens=1)
 
-    def run_quantum(self) -> StepReport:
+    def run_quantum(self, max_tokens: int = 0) -> StepReport:
         assert self._batch is not None
         self.batches.append([sample.key for sample in self._batch])
         self._batch = None
@@ -222,6 +223,18 @@ class FakeTrainer:
         self.anchors.append(None)
 
 
+class _OpenDesk:
+    """Every quantum runs at once."""
+
+    def enroll(self, _name: str) -> int:
+        return 0
+
+    async def run(
+        self, _key: int, trainer: FakeTrainer, _outlook: Outlook, *, is_begun: bool
+    ) -> StepReport:
+        return trainer.run_quantum()
+
+
 class _NoBackground:
     async def prefill(self, *_args: Any) -> None:
         raise AssertionError("nothing is warmed here")
@@ -274,6 +287,7 @@ class School:
             versions=self.versions,
             adapters=self.adapters,
             lane=lane,
+            desk=_OpenDesk(),  # type: ignore[arg-type]
             make_trainer=lambda: self.trainer,  # type: ignore[arg-type, return-value]
             directory=self.root / "training",
             base=("base", "f00"),
