@@ -11,6 +11,7 @@ import pytest
 import cotune
 from cotune.policy import POLICY_NAMES, PolicySettings
 from cotune.tools.cli import BENCHMARKS, COMMANDS
+from cotune.tools.schedule_options import FLAG_OF_SCHEDULE_SETTING
 
 ROOT = Path(cotune.__file__).resolve().parent
 DOCUMENTS = sorted(
@@ -40,6 +41,9 @@ def test_every_setting_of_the_policies_is_explained_with_its_default() -> None:
     expected = {field.name: str(getattr(settings, field.name)) for field in fields(settings)}
     assert {name.strip("`"): default for name, _, default, *_ in table} == expected
     assert all(len(row) == 5 and row[3] and row[4] for row in table)
+    for name in expected:
+        flag = "--" + name.replace("_", "-")
+        assert FLAG_OF_SCHEDULE_SETTING[f"schedule.settings.{name}"] == flag
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/policies.md"])
