@@ -307,6 +307,11 @@ class CostModel:
         self._quanta.observe(quantum_features(kind, tokens), seconds, beside_serving)
         self._costs = None
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether recent work is far from what the profile says; see `CostReport`."""
+        return self._iterations.is_stale
+
     def report(self) -> CostReport:
         """How well predictions held."""
         iterations, quanta = self._iterations, self._quanta

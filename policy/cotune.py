@@ -187,7 +187,7 @@ class Cotune:
         Only while it would make its target even if all of the prefix were still to be computed.
         """
         if view.due_s == math.inf:
-            return seen.now_s - view.rank_s < self._settings.prefix_patience_s
+            return seen.now_s - view.arrival_s < self._settings.prefix_patience_s
         tokens = view.known - view.cached
         work_s = costs.per_chunk_s + tokens * (
             costs.per_token_s + costs.per_attention_s * (view.cached + tokens / 2)

@@ -8,8 +8,8 @@
 
 The paper's constants and its reading of "bins" are not published. What follows is ours:
 
-- A bin is an iteration. It holds τ_mem bytes and the seconds of the target for TBT, or for TTFT
-  where nothing decodes; without a target, a full token budget.
+- A bin is an iteration. It holds τ_mem bytes and the seconds of the target for TBT, or where
+  nothing decodes of the shorter target; without a target, a full token budget.
 - The fit is what a bin would have left, as a share of what it holds. Least left is the best fit.
 - The decodes are one task that is in every bin. They are cheap, and a thousand decisions would not
   tell them apart.

@@ -83,6 +83,8 @@ class WaitingView(NamedTuple):
     coming: int = 0
     """Tokens of its prompt, from the first on, that a running prefill is about to compute: more
     than `cached` where waiting for it would save work; else 0."""
+    arrival_s: float = 0.0
+    """When it came."""
 
 
 class Budgets(NamedTuple):

@@ -8,9 +8,9 @@
 
 The device waits only while the loop commits and prepares. What was decided meanwhile holds if the
 iteration came as expected; where a sequence ended, a request came or training moved on, the policy
-is asked again. Text is made and readers are woken after the
-next iteration was handed to the lane, so a stop string is found one token late: that token is
-dropped, it is neither in the answer nor counted.
+is asked again. Text is made and readers are woken after the next iteration was handed to the lane,
+so a stop string is found one token late: that token is dropped, it is neither in the answer nor
+counted.
 
 Rules:
 
@@ -459,7 +459,7 @@ class Engine:
             and self._scheduler.still_holds(ahead)
         ):
             return ahead
-        return self._ask_scheduler({}, 0.0)
+        return self._ask_scheduler({}, None)
 
     def _decide_ahead(self, iteration: _Iteration) -> None:
         """While an iteration runs, decide on the next, as if this one ended nothing.
@@ -485,12 +485,12 @@ class Engine:
         if self._under_way is not None:
             asyncio.get_running_loop().call_soon(self._decide_ahead, self._under_way)
 
-    def _ask_scheduler(self, steps: Mapping[int, SequenceStep], ahead_s: float) -> Decision:
+    def _ask_scheduler(self, steps: Mapping[int, SequenceStep], ahead_s: float | None) -> Decision:
         """Show the scheduler what there is, or will be when these steps are done, in `ahead_s`."""
         self._scheduler.watch_memory(len(self._running))
         self._refresh_hints()
         page_size = self._budgets.page_size
-        next_due_s = self._clock() + ahead_s + self._budgets.tbt_s
+        next_due_s = self._clock() + (ahead_s or 0.0) + self._budgets.tbt_s
         running = []
         for seq in self._running:
             pages = seq.pages
@@ -591,6 +591,7 @@ class Engine:
             request.is_background,
             self._due_s(seq),
             coming,
+            request.arrival_s,
         )
 
     def _prepare(self, plan: IterationPlan) -> _Iteration:

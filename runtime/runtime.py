@@ -30,7 +30,6 @@ from ..cache.manager import KVCacheManager
 from ..policy import Budgets, RequestClass, make_policy
 from ..policy.costs import CostModel
 from ..policy.memory import MemoryThreshold
-from ..policy.profile import MemoryCosts
 from ..streams.device import DeviceError, describe_device, resolve_device
 from ..streams.lane import Lane
 from ..streams.memory import MemoryProbe
@@ -55,6 +54,7 @@ from .lora import read_lora
 from .randomness import SeedSource
 from .scheduling import profiles
 from .scheduling.memory_watch import MemoryNeeds, MemoryWatch
+from .scheduling.profiler import guess_memory
 from .scheduling.scheduler import Scheduler
 from .scheduling.targets import choose_targets
 from .scheduling.timeline import Timeline
@@ -308,7 +308,7 @@ class Runtime:
         ttft_s, tbt_s = choose_targets(schedule, profile.costs if profile else None, token_budget)
         timeline = Timeline(clock=self._clock)
         probe = MemoryProbe(device)
-        memory = profile.memory if profile is not None else MemoryCosts()
+        memory = profile.memory if profile is not None else guess_memory(loaded, executor)
         needs = MemoryNeeds(
             # A CPU's pages take memory when they are first written to, a card's at start.
             page=memory.page_bytes if device.type == "cpu" else 0,

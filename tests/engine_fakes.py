@@ -13,6 +13,7 @@ import math
 import zlib
 from array import array
 from collections import deque
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +220,17 @@ class GatedLane:
         """Let the next job go, and return when the engine has had its turn after it."""
         (await self.reached()).set_result(None)
         await settle()
+
+
+@asynccontextmanager
+async def supervised(*lanes: GatedLane, limit_s: float = 10.0) -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group for callers of these lanes. Its end opens them, so that no task waits on."""
+    async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
+        try:
+            yield group
+        finally:
+            for lane in lanes:
+                lane.open()
 
 
 async def _turn() -> None:

@@ -576,6 +576,8 @@ class Simulation:
             None,
             seq.request.is_background,
             seq.due_s,
+            0,
+            seq.request.arrival_s,
         )
         seq.hint_epoch = -1
         place = bisect_left(self._views, _order(view), key=_order)

@@ -48,6 +48,7 @@ class Publisher:
         background: prefills them.
         read: reads a version's directory; may take a while, so it is called on a thread.
         warm: whether to prefill hot prefixes before a version goes live.
+        on_live: is told which version went live, and why.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Publisher:
         background: Background,
         read: Callable[[Path], LoraWeights],
         warm: bool,
+        on_live: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._adapter = adapter
+        self._on_live = on_live
         self._versions = versions
         self._adapters = adapters
         self._cache = cache
@@ -238,6 +241,7 @@ class Publisher:
         self._before = before if before != BASE else None
         self._changes += 1
         log.info("%s@%d is live (%s)", self._adapter, number, why)
+        self._on_live(f"{self._adapter}@{number}, {why}")
         if cancelled is not None:
             raise cancelled
 

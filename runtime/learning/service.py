@@ -232,6 +232,7 @@ class LearningService:
             background=self.background,
             read=self._read_adapter,
             warm=self._config.warm_prefixes,
+            on_live=lambda what: self._scheduler.timeline.mark("publication", what),
         )
         await publisher.start()
         return Learner(

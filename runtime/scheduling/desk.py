@@ -300,8 +300,10 @@ class TrainingDesk:
         """Do what a plan says of training; the kind of the quantum that it started, if any."""
         now_s = self._clock()
         started: str | None = None
-        if plan.start is not None and self._running is None:
-            offer = self._offers.pop(plan.start)
+        offer = self._offers.get(plan.start) if plan.start is not None else None
+        # A plan may be older than the cancelling of a caller, who has not had a turn since.
+        if offer is not None and not offer.granted.done() and self._running is None:
+            del self._offers[offer.view.key]
             self._running = _Running(offer, now_s, self._active.total_s(now_s))
             self._active.switch(now_s, is_on=True)
             offer.granted.set_result(plan.max_tokens)

@@ -552,6 +552,15 @@ def _saved_bytes(model: Any, forward: Callable[[], object]) -> int:
     return sum(saved.values())
 
 
+def guess_memory(loaded: LoadedModel, executor: ProfiledExecutor) -> MemoryCosts:
+    """What work takes, from the widths of the model: for where nothing was measured."""
+    return MemoryCosts(
+        training_row_bytes=_guess_row_bytes(loaded),
+        prefill_token_bytes=_guess_token_bytes(loaded),
+        page_bytes=_page_bytes(executor),
+    )
+
+
 def _guess_token_bytes(loaded: LoadedModel) -> float:
     """What a token takes while its iteration runs, from the widths of the model.
 

@@ -54,11 +54,8 @@ class Decision(NamedTuple):
     """What observing and deciding took."""
     changes: int
     """The scheduler's count of changes on the training side, then."""
-
-    @property
-    def is_ahead(self) -> bool:
-        """Whether it was made before its time."""
-        return self.observation.now_s > self.began_s
+    is_ahead: bool
+    """Whether it was made before its time, while the iteration before ran."""
 
     @property
     def lets_train(self) -> bool:
@@ -112,6 +109,7 @@ class Scheduler:
         self._started: str | None = None
         self._handed_s = 0.0
         self._overhead_s = 0.0
+        self._is_stale = False
         self._iterations = 0
 
     # -- composition -----------------------------------------------------------------------------
@@ -167,17 +165,17 @@ class Scheduler:
         available_pages: int,
         adapters_in_use: frozenset[Hashable],
         free_adapter_slots: int,
-        ahead_s: float = 0.0,
+        ahead_s: float | None = None,
     ) -> Decision:
         """What the policy decides on this. Nothing is carried out yet.
 
         Args:
             running, waiting: in order of rank.
             available_pages, adapters_in_use, free_adapter_slots: see `Observation`.
-            ahead_s: how far in the future this is expected to be so, in seconds.
+            ahead_s: how far in the future this is expected to be so, in seconds (None: it is so).
         """
         began_s = self._clock()
-        now_s = began_s + ahead_s
+        now_s = began_s + (ahead_s or 0.0)
         desk = self._desk
         costs = self._costs.costs if self._costs.is_known else None
         observation = Observation(
@@ -193,7 +191,8 @@ class Scheduler:
             self._memory.view() if self._memory is not None else None,
         )
         plan = self._policy.plan(observation)
-        return Decision(plan, observation, began_s, self._clock() - began_s, self._changes)
+        seconds = self._clock() - began_s
+        return Decision(plan, observation, began_s, seconds, self._changes, ahead_s is not None)
 
     def still_holds(self, decision: Decision) -> bool:
         """Whether a decision made ahead is of now: it is not much later, and training is as it was.
@@ -247,8 +246,9 @@ class Scheduler:
             and under_way is not None
             and under_way.lets_train
             and not decision.plan.training.hold
-            and desk.carry_out(decision.plan.training) is not None
+            and (started := desk.carry_out(decision.plan.training)) is not None
         ):
+            self._started = started
             self._changes += 1
 
     # -- iterations ------------------------------------------------------------------------------
@@ -286,6 +286,8 @@ class Scheduler:
             self._costs.observe_iteration(shape, seconds, beside_training=beside)
             overhead_s = (self._handed_s - self._adopted_s) + (now_s - returned_s)
             self._overhead_s += OVERHEAD_RATE * (overhead_s - self._overhead_s)
+            if self._costs.is_stale != self._is_stale:
+                self._note_staleness()
         self._iterations += 1
         due_s = min((view.due_s for view in observed.running), default=math.inf)
         self.timeline.add_iteration(
@@ -314,6 +316,20 @@ class Scheduler:
             )
         )
 
+    def _note_staleness(self) -> None:
+        """Say that the profile does not hold here, or does again."""
+        self._is_stale = self._costs.is_stale
+        if self._is_stale:
+            log.warning(
+                "iterations take %.2g times what the profile says: the device is shared, throttled "
+                "or another one; predictions follow what is measured (`cotune profile --fresh` "
+                "measures anew)",
+                self._costs.report().slowdown,
+            )
+            self.timeline.mark("stale profile")
+        else:
+            log.info("iterations take what the profile says again")
+
     # -- training, told by the desk --------------------------------------------------------------
 
     def on_training_change(self) -> None:
@@ -329,17 +345,18 @@ class Scheduler:
         """Learn from a quantum that has ended, and write it down."""
         now_s = self._clock()
         span_s = outcome.ended_s - outcome.started_s
-        predicted_s = self._costs.costs.quantum_s(outcome.kind, outcome.tokens)
+        costs = self._costs.costs
+        predicted_s = costs.quantum_s(outcome.kind, outcome.tokens)
+        if span_s > 0.0:
+            serving_s = self._serving.total_s(now_s) - self._serving_before_s
+            beside = min(1.0, serving_s / span_s)
+            predicted_s *= 1.0 + beside * (costs.quantum_interference - 1.0)
+            if outcome.error is None and not outcome.out_of_memories:
+                self._costs.observe_quantum(
+                    outcome.kind, outcome.tokens, span_s - outcome.held_s, beside_serving=beside
+                )
         if outcome.out_of_memories:
             self._note_out_of_memory(now_s, f"{outcome.kind}, {outcome.tokens} rows")
-        elif outcome.error is None and span_s > 0.0:
-            serving_s = self._serving.total_s(now_s) - self._serving_before_s
-            self._costs.observe_quantum(
-                outcome.kind,
-                outcome.tokens,
-                span_s - outcome.held_s,
-                beside_serving=min(1.0, serving_s / span_s),
-            )
         self.timeline.add_quantum(
             QuantumRecord(
                 adapter=outcome.adapter,

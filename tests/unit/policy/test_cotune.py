@@ -60,7 +60,9 @@ def prefill(
 
 def waiting(key: int, known: int, *, waited_s: float = 0.0, **changes: Any) -> WaitingView:
     arrival_s = NOW_S - waited_s
-    base = WaitingView(key, arrival_s, known, 0, None, False, arrival_s + TTFT_S)
+    base = WaitingView(
+        key, arrival_s, known, 0, None, False, arrival_s + TTFT_S, arrival_s=arrival_s
+    )
     return base._replace(**changes)
 
 
@@ -208,7 +210,7 @@ def test_it_waits_for_a_prefix_only_while_it_can_afford_to() -> None:
     assert plan(seen(running, (near,))).admissions
     untimed = waiting(5, 100, due_s=math.inf, coming=96)
     assert not plan(seen(running, (untimed,))).admissions
-    patient = untimed._replace(rank_s=NOW_S - 6.0)
+    patient = untimed._replace(arrival_s=NOW_S - 6.0)
     assert plan(seen(running, (patient,))).admissions
     assert not plan(seen(running, (patient,)), PolicySettings(prefix_patience_s=9.0)).admissions
 

@@ -26,7 +26,17 @@ from cotune.runtime.scheduling.memory_watch import READ_INTERVAL_S
 from cotune.runtime.sequence import Status
 from cotune.runtime.training.safepoints import Safepoints
 from cotune.streams.memory import MemoryReading
-from engine_fakes import EOS, Bench, FakeClock, GatedLane, collect, letters, reference, settle
+from engine_fakes import (
+    EOS,
+    Bench,
+    FakeClock,
+    GatedLane,
+    collect,
+    letters,
+    reference,
+    settle,
+    supervised,
+)
 from schedule_fakes import OUTLOOK, FakeTrainer, Scripted, learn
 
 if TYPE_CHECKING:
@@ -539,7 +549,7 @@ class Training:
 async def test_without_requests_quanta_run_as_they_come_and_nobody_polls() -> None:
     async with asyncio.timeout(10.0), Bench(planner=make_policy("continuous")) as bench:
         training, trainer = Training(bench), FakeTrainer()
-        async with asyncio.TaskGroup() as group:
+        async with supervised(training.lane) as group:
             task = group.create_task(learn(training.desk, training.key, trainer))
             for kind in ("forward", "backward", "step"):
                 gate = await training.lane.reached()
@@ -563,7 +573,7 @@ async def test_serving_pauses_for_a_step_where_the_policy_says_so() -> None:
     planner = make_policy("synchronous")
     async with asyncio.timeout(10.0), Bench(lane=lane, planner=planner) as bench:
         training, trainer = Training(bench), FakeTrainer()
-        async with bench.stream(PROMPT) as stream, asyncio.TaskGroup() as group:
+        async with bench.stream(PROMPT) as stream, supervised(training.lane) as group:
             gate = await lane.reached()
             group.create_task(learn(training.desk, training.key, trainer))
             gate.set_result(None)
@@ -600,7 +610,7 @@ async def test_a_quantum_that_is_held_goes_on_when_there_is_nothing_to_serve() -
     lane = GatedLane()
     async with asyncio.timeout(10.0), Bench(lane=lane, planner=Scripted(hold_beside)) as bench:
         training = Training(bench)
-        async with asyncio.TaskGroup() as group:
+        async with supervised(training.lane) as group:
             async with bench.stream(PROMPT) as stream:
                 await lane.step()
                 group.create_task(training.run_one())
@@ -627,7 +637,7 @@ async def test_what_cannot_run_beside_a_quantum_waits_for_its_end() -> None:
 
     async with asyncio.timeout(10.0), Bench(planner=Scripted(plan)) as bench:
         training = Training(bench)
-        async with asyncio.TaskGroup() as group:
+        async with supervised(training.lane) as group:
             group.create_task(training.run_one())
             gate = await training.lane.reached()
             async with bench.stream(PROMPT) as stream:
@@ -643,7 +653,7 @@ async def test_an_offer_that_waits_for_its_time_is_looked_at_again_then() -> Non
     async with asyncio.timeout(10.0), Bench(planner=planner) as bench:
         bench.clock.now_s = 100.015  # in the second half of a window
         training = Training(bench)
-        async with asyncio.TaskGroup() as group:
+        async with supervised(training.lane) as group:
             group.create_task(training.run_one())
             await settle()
             assert len(bench.policy.observations) == 1

@@ -20,7 +20,8 @@ from cotune.tools.coserve_log import (
     read_logs,
     write_logs,
 )
-from cotune.tools.simulate import Witness, iterations_to_recover
+from cotune.tools.simulation_run import Witness
+from cotune.tools.simulation_scenarios import iterations_to_recover
 
 if TYPE_CHECKING:
     from pathlib import Path

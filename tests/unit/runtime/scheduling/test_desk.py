@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from cotune.policy.types import TrainingPlan
 from cotune.runtime.scheduling.desk import BusyClock, QuantumOutcome, TrainingDesk
 from cotune.runtime.training.safepoints import Safepoints
-from engine_fakes import FakeClock, GatedLane, settle
+from engine_fakes import FakeClock, GatedLane, settle, supervised
 from schedule_fakes import BATCH, OUTLOOK, FakeTrainer, learn
 
 
@@ -99,7 +98,7 @@ def test_it_makes_no_difference_how_often_a_busy_clock_is_told_what_it_knows() -
 
 async def test_an_offer_waits_for_a_plan_and_then_runs(scene: Scene) -> None:
     trainer = FakeTrainer()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         task = group.create_task(scene.desk.run(scene.tutor, trainer, OUTLOOK, is_begun=True))
         await settle()
         (offer,) = scene.desk.view(105.0).offers
@@ -143,7 +142,7 @@ async def test_an_offer_waits_for_a_plan_and_then_runs(scene: Scene) -> None:
 async def test_a_learner_gets_the_report_of_its_step(scene: Scene) -> None:
     trainer = FakeTrainer()
     scene.lane.open()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         task = group.create_task(learn(scene.desk, scene.tutor, trainer))
         begun = []
         while not task.done():
@@ -164,7 +163,7 @@ async def test_a_learner_gets_the_report_of_its_step(scene: Scene) -> None:
 async def test_a_plans_limit_reaches_the_trainer(scene: Scene) -> None:
     trainer = FakeTrainer()
     scene.lane.open()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         group.create_task(scene.desk.run(scene.tutor, trainer, OUTLOOK, is_begun=False))
         await settle()
         scene.desk.carry_out(TrainingPlan(start=scene.tutor, max_tokens=16))
@@ -174,7 +173,7 @@ async def test_a_plans_limit_reaches_the_trainer(scene: Scene) -> None:
 
 async def test_offers_stand_in_the_order_they_came_and_one_runs_at_a_time(scene: Scene) -> None:
     desk = scene.desk
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         for key in (scene.coder, scene.tutor):
             group.create_task(desk.run(key, FakeTrainer(), OUTLOOK, is_begun=False))
             await settle()
@@ -199,7 +198,7 @@ async def test_a_hold_reaches_the_safepoints_and_its_time_is_not_the_quantums(
     scene: Scene,
 ) -> None:
     desk, clock = scene.desk, scene.clock
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         group.create_task(desk.run(scene.tutor, FakeTrainer(), OUTLOOK, is_begun=False))
         await settle()
         desk.carry_out(TrainingPlan(start=scene.tutor))
@@ -227,7 +226,7 @@ async def test_a_hold_reaches_the_safepoints_and_its_time_is_not_the_quantums(
 
 
 async def test_a_quantum_may_begin_held(scene: Scene) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         group.create_task(scene.desk.run(scene.tutor, FakeTrainer(), OUTLOOK, is_begun=False))
         await settle()
         assert scene.desk.carry_out(TrainingPlan(start=scene.tutor, hold=True)) == "forward"
@@ -252,12 +251,15 @@ async def test_nothing_is_held_where_nothing_runs(scene: Scene) -> None:
 
 async def test_who_is_cancelled_before_a_plan_takes_the_offer_back(scene: Scene) -> None:
     trainer = FakeTrainer()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         task = group.create_task(scene.desk.run(scene.tutor, trainer, OUTLOOK, is_begun=False))
         await settle()
         task.cancel()
-        # The task has not had its turn yet; a plan that is made now must not start it.
+        # The task has not had its turn yet: a plan that is made now must not start it, nor may one
+        # that was made ahead.
         scene.check_free()
+        assert scene.desk.carry_out(TrainingPlan(start=scene.tutor)) is None
+        assert not scene.desk.is_busy
         await settle()
         assert task.cancelled()
     assert scene.overseer.told == ["change", "change"]
@@ -267,7 +269,7 @@ async def test_who_is_cancelled_before_a_plan_takes_the_offer_back(scene: Scene)
 
 async def test_who_is_cancelled_between_plan_and_lane_frees_it(scene: Scene) -> None:
     trainer = FakeTrainer()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         task = group.create_task(scene.desk.run(scene.tutor, trainer, OUTLOOK, is_begun=False))
         await settle()
         scene.desk.carry_out(TrainingPlan(start=scene.tutor, hold=True))
@@ -288,7 +290,7 @@ async def test_who_is_cancelled_between_plan_and_lane_frees_it(scene: Scene) -> 
 
 async def test_who_is_cancelled_on_the_lane_waits_for_its_end(scene: Scene) -> None:
     trainer = FakeTrainer()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         task = group.create_task(scene.desk.run(scene.tutor, trainer, OUTLOOK, is_begun=False))
         await settle()
         scene.desk.carry_out(TrainingPlan(start=scene.tutor))
@@ -311,7 +313,7 @@ async def test_who_is_cancelled_on_the_lane_waits_for_its_end(scene: Scene) -> N
 async def test_what_a_quantum_raises_reaches_its_learner_and_frees_the_lane(scene: Scene) -> None:
     broken = FakeTrainer()
     broken.failures.append(ValueError("the gradient is a banana"))
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         task = group.create_task(_outcome_of(scene.desk, scene.tutor, broken))
         other = group.create_task(
             scene.desk.run(scene.coder, FakeTrainer(), OUTLOOK, is_begun=False)
@@ -341,7 +343,7 @@ async def test_running_out_of_memory_is_told_and_is_no_error(scene: Scene) -> No
     trainer.out_of_memories = 7
     trainer.failures.append(MemoryError())
     scene.lane.open()
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         for _ in range(2):
             task = group.create_task(scene.desk.run(scene.tutor, trainer, OUTLOOK, is_begun=False))
             await settle()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ from cotune.runtime.scheduling.timeline import Timeline
 from cotune.runtime.step import SequenceStep
 from cotune.runtime.training.safepoints import Safepoints
 from cotune.streams.memory import MemoryReading
-from engine_fakes import FakeClock, GatedLane, settle
+from engine_fakes import FakeClock, GatedLane, settle, supervised
 from schedule_fakes import OUTLOOK, FakeTrainer, Scripted
+
+if TYPE_CHECKING:
+    import asyncio
 
 BUDGETS = Budgets(64, 8, 4, ttft_s=2.0, tbt_s=0.5)
 COSTS = Costs(
@@ -45,6 +49,7 @@ class FakeCosts:
     def __init__(self) -> None:
         self.costs = COSTS
         self.is_known = True
+        self.is_stale = False
         self.iterations: list[tuple[IterationShape, float, float]] = []
         self.quanta: list[tuple[str, int, float, float]] = []
 
@@ -59,7 +64,7 @@ class FakeCosts:
         self.quanta.append((kind, tokens, seconds, beside_serving))
 
     def report(self) -> CostReport:
-        return CostModel().report()
+        return replace(CostModel().report(), is_stale=self.is_stale, slowdown=2.5)
 
 
 class Scene:
@@ -185,7 +190,7 @@ def test_costs_that_nobody_knows_are_not_shown(scene: Scene) -> None:
 async def test_a_policy_sees_training_from_opening_to_closing(scene: Scene) -> None:
     scheduler = scene.scheduler
     assert not scheduler.has_training
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         assert not scheduler.has_training
         await training.offer()
@@ -287,6 +292,21 @@ def test_what_planning_and_committing_take_is_part_of_what_a_policy_reckons_with
     assert costs._replace(base_s=1.0) == COSTS
 
 
+def test_a_stale_profile_is_said_once_and_so_is_its_end(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        for is_stale in (False, True, True, False):
+            scene.costs.is_stale = is_stale
+            scene.iterate([DECODE], 0.1)
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("iterations take 2.5 times what the profile says")
+    assert "cotune profile --fresh" in said[0]
+    assert said[1] == "iterations take what the profile says again"
+    assert [mark.name for mark in scene.timeline.snapshot().marks] == ["stale profile"]
+
+
 def test_an_iteration_that_failed_teaches_nothing_about_time(scene: Scene) -> None:
     scene.iterate([DECODE], 9.0, RuntimeError("boom"))
     assert scene.costs.iterations == []
@@ -333,7 +353,7 @@ def test_a_decision_made_ahead_holds_until_it_is_late(
 
 
 async def test_a_decision_made_ahead_falls_when_training_changes(scene: Scene) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         decision = decide_ahead(scene, 4.0)
         scene.clock.now_s += 4.0
@@ -347,7 +367,7 @@ async def test_a_decision_made_ahead_falls_when_training_changes(scene: Scene) -
 async def test_a_quantum_starts_early_beside_an_iteration_that_training_may_run_beside(
     scene: Scene, under_way: str
 ) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer([("forward", 4), ("backward", 4)]), group)
         if under_way != "nothing":
             await training.offer()
@@ -387,7 +407,7 @@ def test_what_remains_of_an_iteration_is_what_was_predicted_less_what_has_passed
 
 
 async def test_beside_a_quantum_an_iteration_is_expected_to_take_longer(scene: Scene) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         await training.offer()
         scene.plan = IterationPlan((), (1,), training=TrainingPlan(start=training.key))
@@ -407,7 +427,7 @@ async def test_beside_a_quantum_an_iteration_is_expected_to_take_longer(scene: S
 
 
 async def test_a_quantum_that_ends_midway_counts_for_the_part_that_it_ran(scene: Scene) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         await training.offer()
         scene.adopt()
@@ -425,7 +445,7 @@ async def test_a_quantum_that_ends_midway_counts_for_the_part_that_it_ran(scene:
 
 
 async def test_a_quantums_time_is_that_in_which_it_was_not_held(scene: Scene) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         await training.offer()
         assert training.carry_out(TrainingPlan(start=training.key, max_tokens=8))
@@ -443,7 +463,7 @@ async def test_a_quantums_time_is_that_in_which_it_was_not_held(scene: Scene) ->
 
 
 async def test_without_an_iteration_nothing_is_held(scene: Scene) -> None:
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         await training.offer()
         training.carry_out(TrainingPlan(start=training.key, hold=True))
@@ -456,7 +476,7 @@ async def test_without_an_iteration_nothing_is_held(scene: Scene) -> None:
 async def test_only_a_pause_that_has_a_quantum_is_counted_as_one(scene: Scene) -> None:
     pause = IterationPlan(is_pause=True)
     assert not scene.scheduler.start_training(pause, has_steps=False)
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         assert not scene.scheduler.start_training(pause, has_steps=False)
         assert scene.scheduler.statistics().pauses == 0
@@ -471,7 +491,7 @@ async def test_a_quantum_that_failed_teaches_nothing_about_time(scene: Scene) ->
     trainer = FakeTrainer()
     trainer.failures.append(ValueError("boom"))
     with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="boom")):
-        async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+        async with supervised(scene.lane) as group:
             training = Training(scene, trainer, group)
             await training.offer()
             training.carry_out(TrainingPlan(start=training.key))
@@ -488,7 +508,7 @@ async def test_a_quantum_that_ran_out_of_memory_makes_the_margin_grow() -> None:
     before = scene.threshold.margin_bytes
     trainer = FakeTrainer()
     trainer.failures.append(MemoryError())
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, trainer, group)
         for _ in range(2):
             await training.offer()
@@ -509,7 +529,7 @@ async def test_statistics_say_who_decides_and_how_much_training_there_was(scene:
     assert scene.scheduler.statistics().policy == "scripted"
     assert scene.scheduler.statistics().memory_threshold is None
     assert scene.scheduler.statistics().training_share == 0.0
-    async with asyncio.timeout(5.0), asyncio.TaskGroup() as group:
+    async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
         await training.offer()
         training.carry_out(TrainingPlan(start=training.key))
