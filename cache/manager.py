@@ -162,9 +162,7 @@ class KVCacheManager:
             namespace, token_ids, self._shareable_pages(token_ids)
         )
 
-    def open(
-        self, namespace: Hashable, token_ids: Sequence[int], *, use_cache: bool = True
-    ) -> SequencePages:
+    def open(self, namespace: Hashable, token_ids: Sequence[int]) -> SequencePages:
         """Begin a sequence with the longest cached prefix of `token_ids`. Allocates nothing.
 
         Its pages stay until `close`. At least the last token is left to compute.
@@ -172,13 +170,12 @@ class KVCacheManager:
         Args:
             namespace: the weights that will compute the sequence. In one that was dropped the
                 sequence works but shares nothing.
-            token_ids: every token known so far.
-            use_cache: False computes all tokens anew (for the log-probabilities of a prompt, say);
-                what it computes can still be recorded.
+            token_ids: every token known so far, or fewer of them where the rest is to be computed
+                anew (for the log-probabilities of a prompt, say).
         """
         cursor = self._trie.attach(namespace) if self.enable_prefix_sharing else None
         pages: list[int] = []
-        if cursor is not None and use_cache:
+        if cursor is not None:
             pages = self._trie.follow(cursor, token_ids, self._shareable_pages(token_ids))
             for page in pages:
                 self._pool.retain(page)

@@ -388,10 +388,11 @@ class Engine:
                     continue
                 if self._fresh:
                     loop.call_soon(self._deliver)
-                if iteration.installs and not (iteration := await self._install(iteration)).steps:
+                is_delayed = bool(iteration.installs)
+                if is_delayed and not (iteration := await self._install(iteration)).steps:
                     continue
                 handed_s = clock()
-                self._scheduler.begin_iteration(iteration.steps)
+                self._scheduler.begin_iteration(iteration.steps, is_delayed=is_delayed)
                 loop.call_soon(self._decide_ahead, iteration)
                 self._under_way = iteration
                 try:

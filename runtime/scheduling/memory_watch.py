@@ -3,7 +3,8 @@
     a reading ─► τ_mem ─► policy: training shrinks, training stops, nothing new is admitted
                      └──► KV cache: no page is taken into use that never was; kept prefixes go first
 
-Decodes go on in any case: each may take a page more.
+A running sequence may take a page more in any case, as far as there are any. The policy decides who
+gives pages back where that is not enough.
 """
 
 from __future__ import annotations

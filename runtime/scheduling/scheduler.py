@@ -110,6 +110,7 @@ class Scheduler:
         self._handed_s = 0.0
         self._overhead_s = 0.0
         self._is_stale = False
+        self._is_delayed = False
         self._iterations = 0
 
     # -- composition -----------------------------------------------------------------------------
@@ -253,9 +254,15 @@ class Scheduler:
 
     # -- iterations ------------------------------------------------------------------------------
 
-    def begin_iteration(self, steps: Sequence[SequenceStep]) -> None:
-        """These steps are handed to the lane now."""
+    def begin_iteration(self, steps: Sequence[SequenceStep], *, is_delayed: bool = False) -> None:
+        """These steps are handed to the lane now.
+
+        Args:
+            steps: of the iteration.
+            is_delayed: whether it had to wait for something rare, such as an adapter's weights.
+        """
         now_s = self._handed_s = self._clock()
+        self._is_delayed = is_delayed
         self._serving.switch(now_s, is_on=True)
         self._shape = shape_of(steps)
         desk = self._desk
@@ -285,7 +292,8 @@ class Scheduler:
         else:
             self._costs.observe_iteration(shape, seconds, beside_training=beside)
             overhead_s = (self._handed_s - self._adopted_s) + (now_s - returned_s)
-            self._overhead_s += OVERHEAD_RATE * (overhead_s - self._overhead_s)
+            if not self._is_delayed:
+                self._overhead_s += OVERHEAD_RATE * (overhead_s - self._overhead_s)
             if self._costs.is_stale != self._is_stale:
                 self._note_staleness()
         self._iterations += 1

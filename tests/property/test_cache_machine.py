@@ -158,7 +158,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.match(namespace, token_ids) == len(expected) * self.page_size
         if not use_cache:
             expected = []
-        pages = self.cache.open(namespace, token_ids, use_cache=use_cache)
+        pages = self.cache.open(namespace, token_ids if use_cache else token_ids[:1])
         assert pages.cached_tokens == len(expected) * self.page_size
         assert len(pages.block_table) == len(expected)
         assert pages.namespace == namespace

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cotune.policy import packing
+from cotune.policy import Costs, packing
 from cotune.runtime.errors import IterationError, NotFoundError
 from cotune.runtime.randomness import stream_key
 from cotune.runtime.types import BASE, AdapterVersion, Delta
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 PREFIXES = ([5] * 9, [7, 8] * 10, list(range(1, 18)))
 NAMES = ("tutor", "poet")
 MAX_STEPS = 3000
+COSTS = Costs(0.5, 0.25, 0.0, 0.125, 0.0)
+"""Where they are known, iterations are decided on while the one before runs."""
 
 
 @dataclass
@@ -68,6 +70,7 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_sharing=st.sampled_from([True, True, False]),
         slots=st.integers(1, 2),
         headroom=st.sampled_from([0, 0, packing.HEADROOM_TOKENS]),
+        costs=st.sampled_from([None, COSTS]),
     )
     def start(
         self,
@@ -77,6 +80,7 @@ class EngineMachine(RuleBasedStateMachine):
         prefix_sharing: bool,
         slots: int,
         headroom: int,
+        costs: Costs | None,
     ) -> None:
         self.patch = pytest.MonkeyPatch()  # without headroom there are many more preemptions
         self.patch.setattr(packing, "HEADROOM_TOKENS", headroom)
@@ -91,6 +95,7 @@ class EngineMachine(RuleBasedStateMachine):
                 sequences=sequences,
                 prefix_sharing=prefix_sharing,
                 max_slots=slots,
+                costs=costs,
             )
         )
 
