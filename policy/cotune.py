@@ -74,8 +74,12 @@ class Cotune:
                 has_quantum = bool(offers) and not is_full
             else:
                 has_quantum = True
-            is_beside = has_quantum and self._goes_on(
-                training, offers, clock, outlook, has_prompts=bool(queue), now_s=seen.now_s
+            has_sequences = bool(room.decodes or queue)
+            is_beside = has_quantum and (
+                not has_sequences
+                or self._goes_on(
+                    training, offers, clock, outlook, has_prompts=bool(queue), now_s=seen.now_s
+                )
             )
         self._fill(seen, room, clock, costs, outlook, is_beside=is_beside)
         return room.plan(self._train(seen, room, costs, offers, is_beside=is_beside))

@@ -97,11 +97,6 @@ class MemoryThreshold:
         """What is left alone, as of the last call."""
         return round(self._floor + self._above)
 
-    @property
-    def is_near(self) -> bool:
-        """Whether the last reading was a near miss."""
-        return self._is_near
-
     def update(self, now_s: float, free_bytes: int, unused_bytes: int = 0) -> int:
         """τ_mem in bytes; zero or less: nothing more may be taken.
 

@@ -436,7 +436,8 @@ class Engine:
         scheduler = self._scheduler
         self._patience_s = None
         while self._sequences or scheduler.has_training:
-            plan = scheduler.adopt(self._decide())
+            decision = self._decide()
+            plan = scheduler.adopt(decision)
             iteration = self._prepare(plan)
             is_training = scheduler.start_training(plan, has_steps=bool(iteration.steps))
             if iteration.steps:
@@ -447,7 +448,7 @@ class Engine:
             if scheduler.lacks_memory:
                 self._patience_s = MEMORY_WAIT_S
                 return None
-            if not plan.preemptions:
+            if not (plan.preemptions or decision.is_ahead):  # pages may have gone meanwhile
                 self._give_up_on_one()
         return None
 
@@ -463,18 +464,17 @@ class Engine:
         return self._ask_scheduler({}, None)
 
     def _decide_ahead(self, iteration: _Iteration) -> None:
-        """While an iteration runs, decide on the next, as if this one ended nothing.
+        """While an iteration runs, decide on the next; a quantum that it begins with starts now.
 
-        If it does, or anything else happens meanwhile, the decision is dropped.
+        If a sequence ends, or anything else happens meanwhile, the decision is dropped.
         """
         ahead_s = self._scheduler.remaining_s
         if ahead_s is None or self._under_way is not iteration:
             return
         steps: dict[int, SequenceStep] = {}
         for seq, step in zip(iteration.sequences, iteration.steps, strict=True):
-            if step.sampling is None or len(seq.output) + 1 < seq.request.max_tokens:
-                steps[seq.key] = step
-            else:
+            steps[seq.key] = step
+            if _is_last(seq, step) and not self._scheduler.could_train:
                 return
         self._ahead = self._ask_scheduler(steps, ahead_s)
         self._decided_at_change = self._changes
@@ -483,15 +483,19 @@ class Engine:
     def _on_training_change(self) -> None:
         """A quantum is offered, or has ended: plan again, or ahead; the lane must not be idle."""
         self._wake.set()
-        if self._under_way is not None:
+        if self._under_way is not None and self._scheduler.could_train:
             asyncio.get_running_loop().call_soon(self._decide_ahead, self._under_way)
 
     def _ask_scheduler(self, steps: Mapping[int, SequenceStep], ahead_s: float | None) -> Decision:
-        """Show the scheduler what there is, or will be when these steps are done, in `ahead_s`."""
+        """Show the scheduler what there is, or will be when these steps are done, in `ahead_s`.
+
+        A sequence that will have all its tokens then is not shown.
+        """
+        began_s = self._clock()
         self._scheduler.watch_memory(len(self._running))
         self._refresh_hints()
         page_size = self._budgets.page_size
-        next_due_s = self._clock() + (ahead_s or 0.0) + self._budgets.tbt_s
+        next_due_s = began_s + (ahead_s or 0.0) + self._budgets.tbt_s
         running = []
         for seq in self._running:
             pages = seq.pages
@@ -502,6 +506,8 @@ class Engine:
             if (step := steps.get(seq.key)) is not None:
                 computed += len(step.token_ids)
                 if step.sampling is not None:
+                    if _is_last(seq, step):
+                        continue
                     known += 1
                     due_s = next_due_s if request.has_targets else due_s
             running.append(
@@ -522,6 +528,7 @@ class Engine:
             available_pages=self._cache.available_pages,
             adapters_in_use=frozenset(self._slot_users),
             free_adapter_slots=self._adapters.max_slots - len(self._slot_users),
+            began_s=began_s,
             ahead_s=ahead_s,
         )
 
@@ -1037,6 +1044,11 @@ def _order(view: WaitingView) -> tuple[float, int]:
 
 def _running_order(seq: SequenceState) -> tuple[float, int]:
     return (seq.request.rank_s, seq.key)
+
+
+def _is_last(seq: SequenceState, step: SequenceStep) -> bool:
+    """Whether a step gives a sequence the last token that it may have."""
+    return step.sampling is not None and len(seq.output) + 1 >= seq.request.max_tokens
 
 
 def _common_pages(wanted: list[int], prompt: tuple[int, ...], page_size: int) -> int:

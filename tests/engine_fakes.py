@@ -22,6 +22,7 @@ from cotune.cache.manager import KVCacheManager
 from cotune.policy import Budgets, make_policy
 from cotune.policy.costs import CostModel
 from cotune.policy.memory import MemoryThreshold
+from cotune.policy.profile import Profile, ProfileKey
 from cotune.runtime.adapters import AdapterStore
 from cotune.runtime.answer_text import AnswerText
 from cotune.runtime.engine import Engine
@@ -39,7 +40,7 @@ from cotune.runtime.types import BASE, AdapterVersion, SamplingParams, TokenLogp
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 
-    from cotune.policy import IterationPlan, Observation, Policy, RequestClass
+    from cotune.policy import Costs, IterationPlan, Observation, Policy, RequestClass
     from cotune.runtime.types import Response
     from cotune.streams.memory import MemoryReading
 
@@ -295,6 +296,12 @@ class FakeClock:
         return self.now_s
 
 
+def profile_of(costs: Costs) -> Profile:
+    """As if they had been measured."""
+    key = ProfileKey(model="fake", fingerprint="f", device="none", dtype="int8", threads=1)
+    return Profile(key=key, costs=costs, created="2026-01-01T00:00:00+00:00")
+
+
 @dataclass
 class Bench:
     """An engine on a fake executor. A context manager that runs it, and checks it at the end."""
@@ -315,6 +322,8 @@ class Bench:
     tbt_s: float = math.inf
     read_memory: Callable[[], MemoryReading] | None = None
     page_bytes: int = 0
+    costs: Costs | None = None
+    """What work costs here; where nothing is known, nothing is decided ahead."""
 
     def __post_init__(self) -> None:
         self.executor = FakeExecutor(self.num_pages, self.page_size)
@@ -340,7 +349,7 @@ class Bench:
             Budgets(
                 self.tokens, self.sequences, self.page_size, ttft_s=self.ttft_s, tbt_s=self.tbt_s
             ),
-            costs=CostModel(),
+            costs=CostModel(None if self.costs is None else profile_of(self.costs)),
             timeline=Timeline(clock=self.clock),
             memory=memory,
             clock=self.clock,

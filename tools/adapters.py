@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import urllib.error
 import urllib.parse
-import urllib.request
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..runtime.errors import ConfigError, ConflictError, CotuneError, NotFoundError
+from ..runtime.errors import ConfigError, ConflictError, NotFoundError
 from ..runtime.learning.state_directory import StateDirectory
 from ..runtime.learning.versions import Lineage, VersionRecord, VersionStore
+from .live_server import LiveServer
 from .options import add_general_arguments, api_key
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ base model. An exported version is a PEFT directory: transformers and peft load 
 `cotune adapters COMMAND --help` lists the flags of one command.
 """
 READING = ("list", "show", "diff", "export")
-TIMEOUT_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
     if (args.state_dir is None) == (url is None):
         raise ConfigError("give one of --state-dir and --url")
     if url is not None:
-        _ACTIONS[args.action](ServerShelf(url, api_key(args)), args)
+        remedy = "start one with `cotune serve --learning`, or give --state-dir"
+        _ACTIONS[args.action](ServerShelf(LiveServer(url, api_key(args), remedy)), args)
         return 0
     with _open_store(args.state_dir, read_only=args.action in READING) as store:
         _ACTIONS[args.action](DirectoryShelf(store), args)
@@ -289,69 +288,26 @@ class DirectoryShelf:
         return before
 
 
-class AdapterServerError(CotuneError):
-    """The server cannot be reached, or answered with an error."""
-
-
 class ServerShelf:
-    """The adapter routes of a server that runs.
+    """The adapter routes of a server that runs."""
 
-    Args:
-        url: with or without ``/v1``.
-        key: sent as a bearer token, if there is one.
-    """
-
-    def __init__(self, url: str, key: str | None) -> None:
-        if "://" not in url:
-            url = f"http://{url}"
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url is {url!r}; use http://HOST:PORT")
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, server: LiveServer) -> None:
+        self._server = server
 
     def records(self) -> Sequence[VersionRecord]:
         """See `Shelf.records`."""
-        found = self._request("GET", "")
-        return [_from_body(body) for body in found["data"]]
+        return [_from_body(body) for body in self._server.ask("GET", "/adapters")["data"]]
 
     def promote(self, adapter: str, number: int, *, force: bool) -> None:
         """See `Shelf.promote`."""
-        self._request("POST", f"/{_quoted(adapter, number)}/promote", {"force": force})
+        path = f"/adapters/{_quoted(adapter, number)}/promote"
+        self._server.ask("POST", path, {"force": force})
 
     def rollback(self, adapter: str, number: int) -> int:
         """See `Shelf.rollback`."""
-        live = self._request("POST", f"/{_quoted(adapter, number)}/rollback", {})["live"]
+        path = f"/adapters/{_quoted(adapter, number)}/rollback"
+        live = self._server.ask("POST", path, {})["live"]
         return 0 if live is None else int(live["version"])
-
-    def _request(self, method: str, path: str, body: Any = None) -> Any:
-        headers = dict(self._headers)
-        data = None
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-            data = json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(
-                f"{self._url}/v1/adapters{path}", data=data, headers=headers, method=method
-            )
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._error(error.code, error.read()) from None
-        except urllib.error.URLError as error:
-            raise AdapterServerError(
-                f"no server at {self._url} ({error.reason}); start one with "
-                "`cotune serve --learning`, or give --state-dir"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise AdapterServerError(f"{self._url} does not answer as cotune: {error}") from error
-
-    def _error(self, status: int, data: bytes) -> AdapterServerError:
-        try:
-            message = str(json.loads(data)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            message = f"it does not speak of adapters as cotune does: {data[:200]!r}"
-        return AdapterServerError(f"{self._url}: {message} (status {status})")
 
 
 def _quoted(adapter: str, number: int) -> str:

@@ -31,6 +31,7 @@ from ..policy import (
     WaitingView,
     make_policy,
 )
+from ..runtime.errors import ConfigError
 from .bench_report import machine, print_json
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time decisions and print them."""
+    for flag, count in (("--tasks", args.tasks), ("--repeats", args.repeats)):
+        if count < 1:
+            raise ConfigError(f"{flag} is {count}; use 1 or more")
     names = [args.policy] if args.policy else list(POLICY_NAMES)
     scenes = make_scenes(args.tasks, args.seed)
     rows: list[dict[str, Any]] = []

@@ -406,7 +406,7 @@ def scaled(profile: Profile, factor: float) -> Profile:
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """As ``--schedule-profile`` reads it."""
+    """As ``--profile`` reads it."""
     from ..runtime.scheduling.profiles import write
 
     write(profile, path)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 FORMAT: Final = "cotune-coserve-log"
@@ -54,9 +54,7 @@ class LoggedRequest:
 
     def attains(self, targets: Targets) -> bool:
         """Whether the first token came in time, and 99 of 100 gaps after it kept the target."""
-        if self.ttft_s is None or self.ttft_s > targets.ttft_s:
-            return False
-        return not self.gaps_s or quantile(sorted(self.gaps_s), 0.99) <= targets.tbt_s
+        return keeps_targets(self.ttft_s, self.gaps_s, targets.ttft_s, targets.tbt_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +209,15 @@ def read_logs(path: Path) -> list[CoserveLog]:
         except ConfigError as error:
             raise ConfigError(f"{path}, logs[{index}]: {error.message}") from error
     return logs
+
+
+def keeps_targets(
+    ttft_s: float | None, gaps_s: Sequence[float], ttft_target_s: float, tbt_target_s: float
+) -> bool:
+    """Whether a first token came in time, and 99 of 100 gaps after it kept the target."""
+    if ttft_s is None or ttft_s > ttft_target_s:
+        return False
+    return not gaps_s or quantile(sorted(gaps_s), 0.99) <= tbt_target_s
 
 
 def quantile(ordered: list[float], share: float) -> float:

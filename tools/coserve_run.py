@@ -462,12 +462,7 @@ class _Run:
             asked_tokens=plan.epochs * sum(sample.tokens for sample in in_window),
             asked_visits=plan.epochs * len(in_window),
             trained_tokens=self._tokens,
-            iterations=tuple(
-                record._replace(
-                    started_s=record.started_s - offset_s, ended_s=record.ended_s - offset_s
-                )
-                for record in self._tap.iterations
-            ),
+            iterations=tuple(counted_from(record, offset_s) for record in self._tap.iterations),
             quanta=tuple(
                 record._replace(
                     started_s=record.started_s - offset_s, ended_s=record.ended_s - offset_s
@@ -492,6 +487,16 @@ class _Count:
     statistics: RuntimeStatistics
     steps: int
     trained_tokens: int
+
+
+def counted_from(record: IterationRecord, moment_s: float) -> IterationRecord:
+    """The same, its times counted from another moment."""
+    planned_s = record.planned_s
+    return record._replace(
+        started_s=record.started_s - moment_s,
+        ended_s=record.ended_s - moment_s,
+        planned_s=None if planned_s is None else planned_s - moment_s,
+    )
 
 
 def usage_between(before: _Count, after: _Count) -> Usage:

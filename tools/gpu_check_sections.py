@@ -214,10 +214,6 @@ def _forget(check: Check) -> None:
         torch.cuda.empty_cache()
 
 
-def _vocab(check: Check) -> int:
-    return SHAPES[check.shape]["vocab_size"]
-
-
 # -- environment -----------------------------------------------------------------------------------
 
 

@@ -88,7 +88,12 @@ async def _profile(args: argparse.Namespace, config: RuntimeConfig, output: Path
     threads = inference_threads(config, device) or torch.get_num_threads()
     with (
         Lane("inference", device=device, threads=threads, high_priority=True) as lane,
-        Lane("training", device=device, threads=config.learning.training.threads) as training_lane,
+        Lane(
+            "training",
+            device=device,
+            threads=config.learning.training.threads,
+            sm_share=config.lanes.sm_share,
+        ) as training_lane,
     ):
         loaded = await lane.run(_load, config, device)
         key = await asyncio.to_thread(_key, loaded, device, threads)
@@ -171,6 +176,7 @@ def _make_executor(config: RuntimeConfig, loaded: LoadedModel, device: torch.dev
         cache=config.cache,
         max_num_batched_tokens=config.schedule.token_budget(device.type),
         max_num_seqs=config.schedule.max_num_seqs,
+        record_decodes=config.lanes.cuda_graphs,
     )
 
 

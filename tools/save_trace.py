@@ -6,17 +6,16 @@ import contextlib
 import math
 import sys
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import orjson
 
-from ..runtime.errors import ConfigError, CotuneError
+from ..runtime.errors import ConfigError
 from ..runtime.scheduling.timeline import TimelineSnapshot, chrome_trace
+from .live_server import LiveServer, ServerError
 from .options import add_general_arguments, api_key
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ POLL_S: Final = 1.0
 """The server is asked this often: it remembers some thousand iterations, and forgets the others."""
 OVERLAP_S: Final = 1.0
 """Each time it is asked for so much more than is new."""
-TIMEOUT_S: Final = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
             f"--output is {args.output}, and there is no directory {args.output.parent}; make it "
             "first"
         )
-    server = TimelineServer(args.url, api_key(args))
+    remedy = "start one with `cotune serve`, or give its --url"
+    server = TimelineServer(LiveServer(args.url, api_key(args), remedy))
     recording = Recording()
     if args.past:
         recording.add(server.records(seconds))
@@ -229,56 +228,20 @@ def _progress(seconds: float) -> Iterator[Callable[[float, int], None]]:
 # -- the server ----------------------------------------------------------------------------------
 
 
-class TimelineServerError(CotuneError):
-    """The server cannot be reached, or answered with an error."""
-
-
 class TimelineServer:
-    """The timeline of a server that runs.
+    """The timeline of a server that runs."""
 
-    Args:
-        url: with or without ``/v1``.
-        key: sent as a bearer token, if there is one.
-    """
-
-    def __init__(self, url: str, key: str | None) -> None:
-        if "://" not in url:
-            url = f"http://{url}"
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url is {url!r}; use http://HOST:PORT")
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def __init__(self, server: LiveServer) -> None:
+        self._server = server
 
     def records(self, seconds: float | None) -> dict[str, Any]:
         """See `Source.records`.
 
         Raises:
-            TimelineServerError: there is no such server, or it refuses; says what to do.
+            ServerError: there is no such server, or it refuses; says what to do.
         """
         asked = {"format": "records"} | ({} if seconds is None else {"seconds": f"{seconds:.3f}"})
-        request = urllib.request.Request(
-            f"{self._url}/v1/timeline?{urllib.parse.urlencode(asked)}", headers=self._headers
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-                body = orjson.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._refused(error.code, error.read()) from None
-        except urllib.error.URLError as error:
-            raise TimelineServerError(
-                f"no server at {self._url} ({error.reason}); start one with `cotune serve`, or "
-                "give its --url"
-            ) from error
-        except (OSError, ValueError) as error:
-            raise TimelineServerError(f"{self._url} does not answer as cotune: {error}") from error
+        body = self._server.ask("GET", f"/timeline?{urllib.parse.urlencode(asked)}")
         if not isinstance(body, dict) or body.get("object") != "timeline":
-            raise TimelineServerError(f"{self._url} does not answer as cotune: {body!r:.200}")
+            raise ServerError(f"{self._server.url} does not answer as cotune: {body!r:.200}")
         return body
-
-    def _refused(self, status: int, data: bytes) -> TimelineServerError:
-        try:
-            message = str(orjson.loads(data)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            message = f"it does not answer as cotune does: {data[:200]!r}"
-        return TimelineServerError(f"{self._url}: {message} (status {status})")

@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--data", type=Path, metavar="DIR", help="folder of the traces")
     what.add_argument(
-        "--scenario", choices=SCENARIOS, help="a situation that schedulers find hard, in variants"
+        "--scenario",
+        choices=tuple(SCENARIOS),
+        help="a situation that schedulers find hard, in variants",
     )
     what.add_argument(
         "--compare",

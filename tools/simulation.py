@@ -43,6 +43,7 @@ from ..policy.types import (
 from ..runtime.errors import CotuneError
 from ..runtime.scheduling.desk import BusyClock
 from .coserve_log import LoggedSample, LoggedTraining
+from .traces import TraceRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from ..cache.manager import SequencePages
     from ..policy.costs import Costs
     from ..policy.types import Budgets, IterationPlan, Policy, QuantumKind
-    from .traces import TraceRequest
 
 BACKGROUND_PRIORITY: Final = 10
 """As the runtime's own work has."""
@@ -499,33 +499,25 @@ class Simulation:
                 context += seq.known
                 steps.append((seq, 1))
         decodes = len(steps)
-        chunks = prefill = attention = 0
         for chunk in plan.prefills:
             seq = self._known(chunk.key)
             pages = seq.pages
             assert pages is not None
             if reserve(pages, -(-seq.known // size)):
-                tokens = min(chunk.tokens, seq.known - seq.computed)
-                steps.append((seq, tokens))
-                if tokens == 1:  # to the device it is as a decode is
-                    decodes += 1
-                    context += seq.computed + 1
-                else:
-                    chunks += 1
-                    prefill += tokens
-                    attention += chunk_attention(tokens, seq.computed)
+                steps.append((seq, min(chunk.tokens, seq.known - seq.computed)))
         for chunk in plan.admissions:
             seq = self._known(chunk.key)
             if self._start(seq):
-                tokens = min(chunk.tokens, seq.known - seq.computed)
-                steps.append((seq, tokens))
-                if tokens == 1:  # to the device it is as a decode is
-                    decodes += 1
-                    context += seq.computed + 1
-                else:
-                    chunks += 1
-                    prefill += tokens
-                    attention += chunk_attention(tokens, seq.computed)
+                steps.append((seq, min(chunk.tokens, seq.known - seq.computed)))
+        chunks = prefill = attention = 0
+        for seq, tokens in steps[decodes:]:
+            if tokens == 1:  # to the device it is as a decode is
+                decodes += 1
+                context += seq.computed + 1
+            else:
+                chunks += 1
+                prefill += tokens
+                attention += chunk_attention(tokens, seq.computed)
         return steps, IterationShape(decodes, context, prefill, attention, chunks)
 
     def _known(self, key: int) -> _Sequence:
@@ -1204,8 +1196,6 @@ class _TrainingLane:
 
 def _reference(sample: LoggedSample) -> TraceRequest:
     """The base model's pass over a sample."""
-    from .traces import TraceRequest
-
     return TraceRequest(
         arrival_s=sample.arrival_s,
         prompt_tokens=sample.tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from .coserve_log import quantile
+from .coserve_log import keeps_targets, quantile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -96,10 +96,7 @@ class Summary:
 
 def attains(outcome: Outcome, budgets: Budgets) -> bool:
     """Whether a request kept its targets; see the module."""
-    if outcome.ttft_s is None or outcome.ttft_s > budgets.ttft_s:
-        return False
-    gaps = outcome.gaps_s
-    return not gaps or quantile(sorted(gaps), 0.99) <= budgets.tbt_s
+    return keeps_targets(outcome.ttft_s, outcome.gaps_s, budgets.ttft_s, budgets.tbt_s)
 
 
 def summarize(
@@ -107,7 +104,6 @@ def summarize(
     budgets: Budgets,
     *,
     visits: float = 1.0,
-    baseline_busy: float | None = None,
     chosen: Callable[[Outcome], bool] | None = None,
 ) -> Summary:
     """The numbers of a run.
@@ -116,7 +112,6 @@ def summarize(
         result: the run.
         budgets: it was made with.
         visits: rows trained for each row that came, if all goes well: epochs and replay.
-        baseline_busy: share of the time in which `inference-only` is busy with the same requests.
         chosen: whose times count; None: all requests.
     """
     outcomes = [o for o in result.outcomes if chosen is None or chosen(o)]
@@ -129,9 +124,6 @@ def summarize(
         result.trained_tokens / result.training_alone_s if result.training_alone_s else 0.0
     )
     offered = result.arrived_tokens * visits
-    of_idle = None
-    if baseline_busy is not None and alone_per_s and baseline_busy < 1.0:
-        of_idle = trained_per_s / (alone_per_s * (1.0 - baseline_busy))
     return Summary(
         requests=len(outcomes),
         refused=len(outcomes) - len(started),
@@ -158,7 +150,7 @@ def summarize(
         held_share=result.held_s / duration_s,
         training_alone_tokens_per_s=alone_per_s,
         of_alone=trained_per_s / alone_per_s if alone_per_s else 0.0,
-        of_idle=of_idle,
+        of_idle=None,
         of_offered=result.trained_tokens / offered if offered else 0.0,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ..policy import make_policy
@@ -40,13 +40,18 @@ def build_policy(name: str, overrides: dict[str, Any]) -> Policy:
     """A policy of this name with some of its settings changed.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is unknown or out of range.
     """
+    known = [each.name for each in fields(PolicySettings)]
+    if unknown := sorted(overrides.keys() - set(known)):
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such setting of a policy; use some of {', '.join(known)}"
+        )
     try:
         settings = replace(PolicySettings(), **overrides)
         settings.validate()
     except SettingError as error:
-        raise ConfigError(f"--set {error}") from error
+        raise ConfigError(f"setting {error}") from error
     return make_policy(name, settings)
 
 

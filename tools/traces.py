@@ -25,13 +25,15 @@ import random
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from ..policy.types import RequestClass
 
 BLOCK_TOKENS: Final = 512
 """Tokens of prompt that a Mooncake block stands for."""
@@ -44,8 +46,6 @@ NAMED: Final = {
     "sessions": "sessions_sgd.jsonl.gz",
 }
 """Files that have a short name where their folder is given."""
-
-RequestClass: TypeAlias = Literal["interactive", "batch"]
 
 
 class Segment(NamedTuple):

@@ -49,7 +49,7 @@ class Decision(NamedTuple):
     plan: IterationPlan
     observation: Observation
     began_s: float
-    """When the policy was asked; earlier than `observation.now_s` where it was asked ahead."""
+    """When observing began; earlier than `observation.now_s` where it was decided ahead."""
     seconds: float
     """What observing and deciding took."""
     changes: int
@@ -146,6 +146,11 @@ class Scheduler:
         return self._desk is not None and self._desk.has_work
 
     @property
+    def could_train(self) -> bool:
+        """Whether a quantum is offered, and the lane is free."""
+        return self._desk is not None and self._desk.has_work and not self._desk.is_busy
+
+    @property
     def lacks_memory(self) -> bool:
         """Whether sequences may have to wait for memory that others hold."""
         return self._memory is not None and self._memory.is_short
@@ -166,6 +171,7 @@ class Scheduler:
         available_pages: int,
         adapters_in_use: frozenset[Hashable],
         free_adapter_slots: int,
+        began_s: float,
         ahead_s: float | None = None,
     ) -> Decision:
         """What the policy decides on this. Nothing is carried out yet.
@@ -173,9 +179,9 @@ class Scheduler:
         Args:
             running, waiting: in order of rank.
             available_pages, adapters_in_use, free_adapter_slots: see `Observation`.
+            began_s: when looking at all this began.
             ahead_s: how far in the future this is expected to be so, in seconds (None: it is so).
         """
-        began_s = self._clock()
         now_s = began_s + (ahead_s or 0.0)
         desk = self._desk
         costs = self._costs.costs if self._costs.is_known else None

@@ -320,6 +320,14 @@ def test_nothing_is_held_while_nothing_runs_beside_it() -> None:
 # -- the whole, in virtual time --------------------------------------------------------------------
 
 
+def test_with_nothing_to_serve_training_goes_on_whatever_an_iteration_would_take() -> None:
+    # An iteration alone takes more than its part of the TTFT target: with one, nothing would start.
+    slow = COSTS._replace(base_s=0.6)
+    late = seen((decode(),), training=lane(offer()), costs=slow)
+    assert plan(late).training == TrainingPlan()
+    assert plan(seen(training=lane(offer()), costs=slow)).training == TrainingPlan(start=0)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_training_beside_serving_costs_next_to_no_target(seed: int) -> None:
     """Requests at about 60 % of what the device can do, and training for all that is left."""

@@ -17,7 +17,7 @@ from cotune import (
     RequestError,
     SamplingParams,
 )
-from cotune.policy import make_policy, packing
+from cotune.policy import Costs, make_policy, packing
 from cotune.policy.settings import PolicySettings
 from cotune.policy.types import BATCH_STEP_S, IterationPlan, TrainingPlan
 from cotune.runtime import engine as engine_module
@@ -661,6 +661,71 @@ async def test_an_offer_that_waits_for_its_time_is_looked_at_again_then() -> Non
             bench.clock.now_s = 100.025
             (await training.lane.reached()).set_result(None)
     assert len(bench.policy.observations) == 2
+
+
+# -- deciding ahead ------------------------------------------------------------------------------
+
+DEVICE = Costs(0.5, 0.25, 0.0, 0.125, 0.0)
+
+
+async def test_an_iteration_is_decided_on_while_the_one_before_runs() -> None:
+    lane = GatedLane()
+    bench = Bench(lane=lane, costs=DEVICE, ttft_s=9.0, tbt_s=2.0)
+    seen = bench.policy.observations
+    async with asyncio.timeout(10.0), bench:
+        async with bench.stream(PROMPT, max_tokens=6, ignore_eos=True) as stream:
+            gate = await lane.reached()
+            await settle()
+            for known in range(11, 15):
+                asked = len(seen)
+                gate.set_result(None)
+                gate = await lane.reached()
+                await settle()
+                # The prompt was computed, which is news, so the first was asked anew.
+                assert len(seen) == asked + (2 if known == 11 else 1)
+                assert seen[-1].now_s == 100.0 + 0.75
+                (view,) = seen[-1].running
+                assert (view.computed, view.known) == (known - 1, known)
+                assert view.due_s == seen[-1].now_s + 2.0
+            asked = len(seen)
+            gate.set_result(None)
+            gate = await lane.reached()
+            await settle()
+            assert len(seen) == asked  # it ends with this token: there is nothing to foresee
+            gate.set_result(None)
+            answer = await stream
+        assert list(answer.token_ids) == tokens_of(PROMPT, max_tokens=6, ignore_eos=True)
+
+
+async def test_who_comes_while_an_iteration_runs_is_in_the_next_although_that_was_decided() -> None:
+    lane = GatedLane()
+    bench = Bench(lane=lane, costs=DEVICE)
+    async with asyncio.timeout(10.0), bench, bench.stream(PROMPT, ignore_eos=True) as first:
+        (await lane.reached()).set_result(None)
+        gate = await lane.reached()
+        await settle()
+        async with bench.stream([7, 8, 9]) as second:
+            await settle()
+            gate.set_result(None)
+            gate = await lane.reached()
+            lane.open()
+            assert list((await second).token_ids) == tokens_of([7, 8, 9])
+        assert list((await first).token_ids) == tokens_of(PROMPT, ignore_eos=True)
+    assert [len(steps) for steps in bench.executor.history[:3]] == [1, 1, 2]
+
+
+async def test_nobody_is_given_up_because_what_was_decided_ahead_leads_to_nothing() -> None:
+    usual = make_policy("inference-only")
+    bench = Bench(
+        costs=DEVICE,
+        planner=Scripted(
+            lambda seen: IterationPlan() if seen.now_s > 100.0 else usual.plan(seen)  # clock: 100
+        ),
+    )
+    async with asyncio.timeout(10.0), bench:
+        answer = await bench.stream(PROMPT, ignore_eos=True)
+    assert list(answer.token_ids) == tokens_of(PROMPT, ignore_eos=True)
+    assert any(seen.now_s > 100.0 for seen in bench.policy.observations)
 
 
 # -- memory --------------------------------------------------------------------------------------

@@ -48,3 +48,8 @@ def test_one_policy_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["bench", "policy", "--tasks", "20", "--repeats", "2", "--policy", "mace"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result["worst_p99_us"]) == {"mace"}
+
+
+def test_less_than_one_of_anything_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "policy", "--repeats", "0"]) == 2
+    assert "--repeats is 0; use 1 or more" in capsys.readouterr().err

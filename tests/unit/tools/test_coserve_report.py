@@ -28,6 +28,7 @@ from cotune.tools.coserve_run import (
     RunPlan,
     RunResult,
     Usage,
+    counted_from,
     logged_request,
     trained_rows,
 )
@@ -127,6 +128,12 @@ def iteration(started_s: float, ended_s: float, **changes: Any) -> IterationReco
         memory_threshold=None,
     )
     return record._replace(**changes)
+
+
+def test_all_times_of_an_iteration_are_counted_from_the_beginning_of_the_load() -> None:
+    shifted = counted_from(iteration(103.0, 104.0, planned_s=102.0), 100.0)
+    assert shifted == iteration(3.0, 4.0, planned_s=2.0)
+    assert counted_from(iteration(103.0, 104.0), 100.0).planned_s is None
 
 
 def quantum(

@@ -301,6 +301,26 @@ def test_logs_that_are_wrong_are_refused(
         read_logs(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"policy": "oracle"},
+            "\"policy\" of the log is 'oracle', which this release does not have",
+        ),
+        ({"settings": {"delta": 1.0}}, "delta: no such setting of a policy; use some of gamma,"),
+        ({"costs": None}, 'the log has no "costs"; say with --profile'),
+    ],
+)
+def test_a_log_that_cannot_be_replayed_is_refused_with_a_remedy(
+    tmp_path: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "log.json"
+    write_logs(path, [log(**change)])
+    assert main(["simulate", "--compare", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 

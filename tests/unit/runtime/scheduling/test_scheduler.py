@@ -120,6 +120,7 @@ class Scene:
             available_pages=3,
             adapters_in_use=frozenset({"a"}),
             free_adapter_slots=2,
+            began_s=self.clock.now_s,
         )
         return self.scheduler.adopt(decision)
 
@@ -334,7 +335,7 @@ def test_an_iteration_that_ran_out_of_memory_makes_the_margin_grow(error: Except
 def decide_ahead(scene: Scene, ahead_s: float) -> Any:
     return scene.scheduler.decide(
         (), (), available_pages=3, adapters_in_use=frozenset(), free_adapter_slots=0,
-        ahead_s=ahead_s,
+        began_s=scene.clock.now_s, ahead_s=ahead_s,
     )  # fmt: skip
 
 
