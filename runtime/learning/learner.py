@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from ...streams.lane import LaneClosedError
 from ..errors import ConfigError, CotuneError, DrainingError, IterationError, StorageError
 from ..types import BASE, AdapterVersion
 from . import checkpoint
@@ -316,7 +317,11 @@ class Learner:
         finally:
             if not is_done:
                 self._buffer.restore(before)
-                await self._lane.run(trainer.abandon)
+                try:
+                    await self._lane.run(trainer.abandon)
+                except LaneClosedError:  # its thread is gone, so this one may
+                    trainer.abandon()
+                    raise
         assert report is not None
         await self._refuse_unfit(report)
         if report.skipped is not None:
