@@ -160,7 +160,7 @@ class CostReport:
         quantum_error_p50, quantum_error_p95, quantum_bias: the same for quanta.
         margin: see `Costs.margin`.
         interference, quantum_interference: see `Costs`.
-        is_stale: whether recent work takes 1.5 times what the profile says, or 1 / 1.5 of it: the
+        is_stale: whether recent work takes 1.9 times what the profile says, or 1 / 1.9 of it: the
             device is shared, throttled, or not the one that was profiled.
         slowdown: seconds now as a multiple of the profile's; 1.0 as long as it holds.
         shifts: how often the device was found to have changed its speed.

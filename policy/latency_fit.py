@@ -45,8 +45,11 @@ _CLIP = 3.0
 _STREAK = 4
 _RECENT = 24  # observations that decide whether the reference still holds
 _REFERENCE_AFTER = 64  # observations after which a fit without a reference has one
-_STALE_LOG = math.log(1.5)
-_FRESH_LOG = math.log(1.3)
+_SHIFT_LOG = math.log(1.5)
+# A profile is measured with warm caches and nothing beside it: live, the event loop's own work makes
+# short iterations take up to 1.7 times as long, which is no news.
+_STALE_LOG = math.log(1.9)
+_FRESH_LOG = math.log(1.6)
 _OVERLAP = 0.05  # a smaller share beside other work is none
 _LEVEL_OVERLAP = 0.3  # a larger one says too little about the work itself
 _INTERFERENCE_KNOWN = 20  # observations
@@ -112,7 +115,7 @@ class LatencyFit:
         interference: the factor while other work runs beside it all the time.
         shifts: how often the device was found to have changed its speed.
         speed: seconds now as a multiple of the reference's; 1.0 until a shift was found.
-        is_stale: whether recent work takes 1.5 times the profile's seconds or more, or 1 / 1.5
+        is_stale: whether recent work takes 1.9 times the profile's seconds or more, or 1 / 1.9
             or less. Always False without a profile.
     """
 
@@ -324,7 +327,7 @@ class LatencyFit:
         if self._has_profile:
             self.is_stale = abs(middle) > (_FRESH_LOG if self.is_stale else _STALE_LOG)
         if (
-            abs(middle - math.log(self.speed)) > _STALE_LOG
+            abs(middle - math.log(self.speed)) > _SHIFT_LOG
             and self.observations - self._shift_at > _RECENT // 2
         ):
             newest = sorted(self._ratios.last(_RECENT // 3))
