@@ -46,8 +46,8 @@ _STREAK = 4
 _RECENT = 24  # observations that decide whether the reference still holds
 _REFERENCE_AFTER = 64  # observations after which a fit without a reference has one
 _SHIFT_LOG = math.log(1.5)
-# A profile is measured with warm caches and nothing beside it: live, the event loop's own work makes
-# short iterations take up to 1.7 times as long, which is no news.
+# A profile is measured with warm caches and nothing beside it: live, the event loop's own work
+# makes short iterations take up to 1.7 times as long, which is no news.
 _STALE_LOG = math.log(1.9)
 _FRESH_LOG = math.log(1.6)
 _OVERLAP = 0.05  # a smaller share beside other work is none

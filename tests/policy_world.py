@@ -470,7 +470,8 @@ def check_plan(seen: Observation, plan: IterationPlan, *, may_pause: bool = Fals
 
         must = needed(growth, len(plan.decodes))
         taken = needed(growth + opened, plan.tokens) + rows * memory.training_token
-        is_last_resort = rows == 0 and not plan.decodes and len(chunks) == 1
+        is_alone = not plan.decodes and len(chunks) == 1
+        is_last_resort = is_alone and rows * memory.training_token == 0
         assert is_last_resort or taken <= max(memory.threshold, must) + 1e-6
         if growth and must > max(0, memory.threshold) and page:
             assert len(staying) == 1 or growth <= paid + max(0, memory.threshold) // page
