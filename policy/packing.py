@@ -180,7 +180,9 @@ class Room:
         """
         pages = self._asked = pages_to_start(view, self.page_size)
         has_pages = pages <= self._available - self._headroom
-        if not (has_pages and pages <= self._free_pages()) and not self._is_last_resort(pages):
+        if (
+            not has_pages or (self._unit and pages > self._free_pages())
+        ) and not self._is_last_resort(pages):
             self.is_closed = True
             self.is_short |= has_pages
             return False

@@ -220,7 +220,10 @@ def test_it_waits_for_a_prefix_only_while_it_can_afford_to() -> None:
 
 def test_training_runs_beside_an_iteration_that_stays_in_time() -> None:
     state = seen((decode(),), training=lane(offer()))
-    assert plan(state).training == TrainingPlan(start=0, max_tokens=133)  # 0.4 s / 1.5 / 2 ms
+    assert plan(state).training == TrainingPlan(start=0)
+    shorter = PolicySettings(quantum_slack=4.0)
+    expected = TrainingPlan(start=0, max_tokens=133)  # 0.4 s / 1.5 / 2 ms
+    assert plan(state, shorter).training == expected
 
 
 def test_beside_training_a_prompt_gets_fewer_tokens_so_that_the_decodes_are_in_time() -> None:
