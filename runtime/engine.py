@@ -66,6 +66,9 @@ Ts = TypeVarTuple("Ts")
 log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
+FRUITLESS_WAIT_S = 0.01
+MAX_FRUITLESS = 100
+"""Where a plan leads to nothing, the policy is asked again after a moment, so often at most."""
 STOP_LIMIT_S = 60.0
 """How long a shutdown waits for the iteration in flight, once every request has been ended."""
 
@@ -179,6 +182,7 @@ class Engine:
 
         self._wake = asyncio.Event()
         scheduler.wake_with(self._on_training_change)
+        self._fruitless = 0  # plans in a row that led to nothing
         self._under_way: _Iteration | None = None
         self._ahead: Decision | None = None  # on the iteration after the one under way
         self._changes = 0  # of what a decision is made of, but for what an iteration does
@@ -441,6 +445,7 @@ class Engine:
             iteration = self._prepare(plan)
             is_training = scheduler.start_training(plan, has_steps=bool(iteration.steps))
             if iteration.steps:
+                self._fruitless = 0
                 return iteration
             if not self._sequences or is_training:  # a quantum that ends is news
                 self._patience_s = plan.training.again_s
@@ -448,8 +453,15 @@ class Engine:
             if scheduler.lacks_memory:
                 self._patience_s = MEMORY_WAIT_S
                 return None
-            if not (plan.preemptions or decision.is_ahead):  # pages may have gone meanwhile
-                self._give_up_on_one()
+            if plan.preemptions or decision.is_ahead:  # pages may have gone meanwhile
+                continue
+            self._fruitless += 1
+            if self._fruitless < MAX_FRUITLESS:  # a policy may wait for a time; not for ever
+                self._patience_s = FRUITLESS_WAIT_S
+                return None
+            log.error("a plan led to nothing: %s of %s", plan, decision.observation)
+            self._fruitless = 0
+            self._give_up_on_one()
         return None
 
     def _decide(self) -> Decision:
