@@ -33,7 +33,7 @@ namespaces. One that was dropped stays empty, unless it is revived because the s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .pages import PagePool
 from .trie import PrefixTrie
@@ -65,6 +65,15 @@ class CacheStatistics:
     hit_tokens: int
     queried_tokens: int
     evicted_pages: int
+
+
+class CachedPrefix(NamedTuple):
+    """What a sequence would find."""
+
+    tokens: int
+    """Tokens whose KV is there: a multiple of the page size."""
+    idle_pages: int
+    """Of their pages, those that nobody reads. They count as available until they are opened."""
 
 
 class SequencePages:
@@ -152,15 +161,19 @@ class KVCacheManager:
         """
         return self._pool.available_pages + self._trie.evictable_pages
 
-    def match(self, namespace: Hashable, token_ids: Sequence[int]) -> int:
-        """Tokens that a sequence opened now would find cached: a multiple of the page size.
+    @property
+    def turnover(self) -> int:
+        """Goes up whenever what `look_up` says may have changed, but for pages newly recorded."""
+        return self._trie.turnover
 
-        Always less than the number of tokens, since the last one must be computed for its logits.
-        No side effects: it does not count as a use.
+    def look_up(self, namespace: Hashable, token_ids: Sequence[int]) -> CachedPrefix:
+        """What a sequence opened now would find cached.
+
+        Always less than all its tokens, since the last one must be computed for its logits. No side
+        effects: it does not count as a use.
         """
-        return self.page_size * self._trie.match(
-            namespace, token_ids, self._shareable_pages(token_ids)
-        )
+        pages, idle_pages = self._trie.match(namespace, token_ids, self._shareable_pages(token_ids))
+        return CachedPrefix(pages * self.page_size, idle_pages)
 
     def open(self, namespace: Hashable, token_ids: Sequence[int]) -> SequencePages:
         """Begin a sequence with the longest cached prefix of `token_ids`. Allocates nothing.

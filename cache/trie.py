@@ -101,7 +101,7 @@ class PrefixTrie:
         page_size: tokens per page, at least 1.
     """
 
-    __slots__ = ("_page_size", "_retired", "_roots", "_unread")
+    __slots__ = ("_page_size", "_retired", "_roots", "_unread", "turnover")
 
     def __init__(self, page_size: int) -> None:
         if page_size < 1:
@@ -112,16 +112,28 @@ class PrefixTrie:
         self._retired: set[Hashable] = set()
         # Nodes without readers, least recently used first, children before parents.
         self._unread: OrderedDict[_Node, None] = OrderedDict()
+        self.turnover = 0
+        """Times that pages got their first reader, lost their last one or were evicted."""
 
     @property
     def evictable_pages(self) -> int:
         """Pages that no sequence reads; `evict` can return all of them."""
         return len(self._unread)
 
-    def match(self, namespace: Hashable, token_ids: Sequence[int], max_pages: int) -> int:
-        """How many of the first `max_pages` pages of `token_ids` are there. No side effects."""
+    def match(
+        self, namespace: Hashable, token_ids: Sequence[int], max_pages: int
+    ) -> tuple[int, int]:
+        """How many of the first `max_pages` pages of `token_ids` are there, and how many unread.
+
+        No side effects.
+        """
         root = self._roots.get(namespace)
-        return 0 if root is None else sum(1 for _ in self._descend(root, token_ids, max_pages))
+        pages = unread = 0
+        if root is not None:
+            for node in self._descend(root, token_ids, max_pages):
+                pages += 1
+                unread += node.readers == 0
+        return pages, unread
 
     def attach(self, namespace: Hashable) -> PrefixCursor | None:
         """A cursor at the root of `namespace`, or None if it is retired.
@@ -146,6 +158,7 @@ class PrefixTrie:
         for node in self._descend(cursor._root, token_ids, max_pages):
             if node.readers == 0:
                 del self._unread[node]
+                self.turnover += 1
             node.readers += 1
             node.uses += 1
             pages.append(node.page)
@@ -182,6 +195,7 @@ class PrefixTrie:
             node = parent.children[tokens] = _Node(parent, tokens, page)
         elif node.readers == 0:
             del self._unread[node]
+            self.turnover += 1
             displaced, node.page, node.readers = node.page, page, 1
             node.uses += 1
         else:
@@ -222,6 +236,7 @@ class PrefixTrie:
             else:
                 node.readers = 0
                 self._unread[node] = None
+                self.turnover += 1
             node = node.parent
         root.cursors -= 1
         self._forget_if_empty(root)
@@ -231,6 +246,7 @@ class PrefixTrie:
         """Take out up to `count` pages that nobody reads, least recently used first."""
         pages = []
         for _ in range(min(count, len(self._unread))):
+            self.turnover += 1
             node, _none = self._unread.popitem(last=False)
             assert not node.children
             parent = node.parent
@@ -300,6 +316,7 @@ class PrefixTrie:
         for node in list(_walk(root)):
             if node.readers == 0:
                 del self._unread[node]
+                self.turnover += 1
             pages.append(node.page)
             pages.extend(node.spares)
             node.children.clear()  # parents and children hold one another: help the collector

@@ -379,8 +379,11 @@ def _background_tokens(budgets: Budgets, *, is_awaited: bool) -> int:
 
 
 def pages_to_start(view: WaitingView, page_size: int) -> int:
-    """Pages that a waiting sequence needs beside its cached ones, for all tokens it knows."""
-    return -(-view.known // page_size) - view.cached // page_size
+    """What of the available pages a waiting sequence takes, for all tokens it knows.
+
+    Those beside its cached ones, and of these the ones that nobody else reads.
+    """
+    return -(-view.known // page_size) - view.cached // page_size + view.idle_pages
 
 
 def rows_per_sample(offer: TrainingOffer) -> int:

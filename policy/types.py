@@ -85,6 +85,9 @@ class WaitingView(NamedTuple):
     than `cached` where waiting for it would save work; else 0."""
     arrival_s: float = 0.0
     """When it came."""
+    idle_pages: int = 0
+    """Of the pages of `cached`, those that nobody reads. They are among the available ones until
+    this sequence starts."""
 
 
 class Budgets(NamedTuple):

@@ -27,13 +27,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, TypeVarTuple
 
-from ..policy import RunningView, WaitingView
+from ..policy import RunningView
 from .errors import (
     ContextLengthError,
     DrainingError,
@@ -46,6 +45,7 @@ from .scheduling.scheduler import MEMORY_WAIT_S
 from .sequence import Request, SequenceState, Status
 from .statistics import Listeners, RuntimeStatistics
 from .step import SequenceStep
+from .waiting import WaitingLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -66,9 +66,6 @@ Ts = TypeVarTuple("Ts")
 log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
-FRUITLESS_WAIT_S = 0.01
-MAX_FRUITLESS = 100
-"""Where a plan leads to nothing, the policy is asked again after a moment, so often at most."""
 STOP_LIMIT_S = 60.0
 """How long a shutdown waits for the iteration in flight, once every request has been ended."""
 
@@ -169,8 +166,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._recorder: Callable[[object, Response, SamplingParams], None] | None = None
         self._sequences: dict[int, SequenceState] = {}  # waiting or running
-        self._waiting: list[SequenceState] = []  # in order of rank
-        self._views: list[WaitingView] = []  # of the same
+        self._waiting = WaitingLine(cache, self._budgets)
         self._running: list[SequenceState] = []  # in order of rank
         self._held = 0
         self._fresh: list[SequenceState] = []  # have tokens or an end to deliver
@@ -178,11 +174,10 @@ class Engine:
             Counter()
         )  # running sequences per adapter version
         self._unstarted = 0  # requests that were never scheduled
-        self._hint_epoch = 0  # goes up when prompts were recorded
 
         self._wake = asyncio.Event()
         scheduler.wake_with(self._on_training_change)
-        self._fruitless = 0  # plans in a row that led to nothing
+        self._was_corrected = False  # since the plan: what it was made of was not true
         self._under_way: _Iteration | None = None
         self._ahead: Decision | None = None  # on the iteration after the one under way
         self._changes = 0  # of what a decision is made of, but for what an iteration does
@@ -445,22 +440,16 @@ class Engine:
             iteration = self._prepare(plan)
             is_training = scheduler.start_training(plan, has_steps=bool(iteration.steps))
             if iteration.steps:
-                self._fruitless = 0
                 return iteration
+            if plan.preemptions or decision.is_ahead or self._was_corrected:
+                continue  # what it was made of is not so, or no longer
             if not self._sequences or is_training:  # a quantum that ends is news
                 self._patience_s = plan.training.again_s
                 return None
             if scheduler.lacks_memory:
                 self._patience_s = MEMORY_WAIT_S
                 return None
-            if plan.preemptions or decision.is_ahead:  # pages may have gone meanwhile
-                continue
-            self._fruitless += 1
-            if self._fruitless < MAX_FRUITLESS:  # a policy may wait for a time; not for ever
-                self._patience_s = FRUITLESS_WAIT_S
-                return None
             log.error("a plan led to nothing: %s of %s", plan, decision.observation)
-            self._fruitless = 0
             self._give_up_on_one()
         return None
 
@@ -505,7 +494,7 @@ class Engine:
         """
         began_s = self._clock()
         self._scheduler.watch_memory(len(self._running))
-        self._refresh_hints()
+        self._waiting.refresh(self._running)
         page_size = self._budgets.page_size
         next_due_s = began_s + (ahead_s or 0.0) + self._budgets.tbt_s
         running = []
@@ -514,7 +503,8 @@ class Engine:
             assert pages is not None
             count = len(pages.block_table)
             request = seq.request
-            computed, known, due_s = seq.computed, len(seq.tokens), self._due_s(seq)
+            computed, known = seq.computed, len(seq.tokens)
+            due_s = seq.due_s(self._budgets)
             if (step := steps.get(seq.key)) is not None:
                 computed += len(step.token_ids)
                 if step.sampling is not None:
@@ -536,7 +526,7 @@ class Engine:
             )
         return self._scheduler.decide(
             tuple(running),
-            tuple(self._views),
+            self._waiting.views,
             available_pages=self._cache.available_pages,
             adapters_in_use=frozenset(self._slot_users),
             free_adapter_slots=self._adapters.max_slots - len(self._slot_users),
@@ -544,81 +534,12 @@ class Engine:
             ahead_s=ahead_s,
         )
 
-    def _due_s(self, seq: SequenceState) -> float:
-        """When the next token of `seq` is due."""
-        request = seq.request
-        if not request.has_targets:
-            return math.inf
-        if seq.token_times:
-            return seq.token_times[-1] + self._budgets.tbt_s
-        return request.arrival_s + self._budgets.ttft_s
-
-    def _refresh_hints(self) -> None:
-        """Look up what the next few waiting sequences would find cached, where it may be new.
-
-        And what of their prompts a running sequence is about to put there.
-        """
-        budgets = self._budgets
-        seats = min(budgets.sequences, budgets.tokens) - len(self._running)
-        tokens = budgets.tokens - len(self._running)
-        if not self._waiting or seats <= 0 or tokens <= 0:
-            return
-        prefilling = [seq for seq in self._running if seq.computed < len(seq.request.prompt)]
-        for index, seq in enumerate(self._waiting):
-            if seats <= 0 or tokens <= 0:
-                break
-            view = self._views[index]
-            cached = view.cached
-            if seq.hint_epoch != self._hint_epoch:
-                seq.hint_epoch = self._hint_epoch
-                seq.shared_with.clear()
-                cached = self._cache.match(seq.request.version, seq.cacheable)
-            coming = self._coming(seq, cached, prefilling) if prefilling else 0
-            if cached != view.cached or coming != view.coming:
-                view = self._views[index] = self._waiting_view(seq, cached, coming)
-            if not coming:  # it is likely to wait, and another to take its place
-                tokens -= view.known - view.cached
-                seats -= 1
-
-    def _coming(self, seq: SequenceState, cached: int, prefilling: list[SequenceState]) -> int:
-        """Tokens of `seq` that one of these is about to put into the cache; 0 if no more than now.
-
-        Whole pages, and fewer than all of its tokens: the last one is computed for its logits.
-        """
-        best = 0
-        if self._cache.enable_prefix_sharing:
-            for other in prefilling:
-                if other.request.version == seq.request.version:
-                    shared = seq.shared_with.get(other.key)
-                    if shared is None:
-                        shared = _common_pages(
-                            seq.cacheable, other.request.prompt, self._budgets.page_size
-                        )
-                        seq.shared_with[other.key] = shared
-                    best = max(best, shared)
-        return best if best > cached else 0
-
-    def _waiting_view(self, seq: SequenceState, cached: int, coming: int = 0) -> WaitingView:
-        """What the policy sees of a sequence that waits."""
-        request = seq.request
-        version = request.version
-        return WaitingView(
-            seq.key,
-            request.rank_s,
-            len(seq.tokens),
-            cached,
-            version if version.name else None,
-            request.is_background,
-            self._due_s(seq),
-            coming,
-            request.arrival_s,
-        )
-
     def _prepare(self, plan: IterationPlan) -> _Iteration:
         """Carry out a plan up to the point where the lane takes over.
 
         A planned sequence for which there turn out to be no pages is left out this time.
         """
+        self._was_corrected = False
         for key in plan.preemptions:
             self._preempt(self._sequences[key])
         sequences: list[SequenceState] = []
@@ -767,7 +688,7 @@ class Engine:
             request.prompt_logprobs[start:end] = outcome.prompt_logprobs
             request.prompt_logprobs_known = max(request.prompt_logprobs_known, end)
         if is_complete:
-            self._hint_epoch += 1
+            self._waiting.note_recorded_prompt()
             self._changes += 1
             self._release_siblings(request)
 
@@ -848,19 +769,13 @@ class Engine:
         seq.status = Status.WAITING
         if not seq.tokens:
             seq.tokens = [*seq.request.prompt]
-        view = self._waiting_view(seq, 0)
-        seq.hint_epoch = -1
-        place = bisect_left(self._views, _order(view), key=_order)
-        self._waiting.insert(place, seq)
-        self._views.insert(place, view)
+        self._waiting.add(seq)
         self._sequences[seq.key] = seq
 
     def _leave_queue(self, seq: SequenceState) -> None:
         """Take a sequence out of the waiting."""
         self._changes += 1
-        place = bisect_left(self._views, (seq.request.rank_s, seq.key), key=_order)
-        assert self._waiting[place] is seq
-        del self._waiting[place], self._views[place]
+        self._waiting.remove(seq)
 
     def _start(self, seq: SequenceState) -> SlotGrant | None:
         """Give a waiting sequence its slot and pages for all tokens it knows. None: not now."""
@@ -872,7 +787,7 @@ class Engine:
         if not self._cache.reserve(pages, len(seq.tokens)):
             self._cache.close(pages)
             self._adapters.release(request.version)
-            seq.hint_epoch = -1
+            self._was_corrected |= self._waiting.correct(seq)
             return None
         self._leave_queue(seq)
         seq.status = Status.RUNNING
@@ -964,7 +879,7 @@ class Engine:
 
         Admission makes sure that every sequence fits alone, so this is a fault in the bookkeeping.
         """
-        seq = self._running[0] if self._running else self._waiting[0]
+        seq = self._running[0] if self._running else self._waiting.first
         statistics = self._cache.statistics()
         log.error("no sequence can be scheduled; cache: %s", statistics)
         self._fail(
@@ -1022,10 +937,9 @@ class Engine:
         """Raise `AssertionError` where the books disagree. Between iterations only."""
         self._cache.check_integrity()
         self._adapters.check_integrity()
-        _check([view.key for view in self._views] == [seq.key for seq in self._waiting], "views")
-        _check(self._views == sorted(self._views, key=_order), "order of the waiting")
+        self._waiting.check_integrity()
         _check(self._running == sorted(self._running, key=_running_order), "order of the running")
-        by_status = {Status.WAITING: self._waiting, Status.RUNNING: self._running}
+        by_status = {Status.WAITING: [*self._waiting], Status.RUNNING: self._running}
         listed = {seq.key for seqs in by_status.values() for seq in seqs}
         _check(listed == set(self._sequences), "sequences in the lists and by key")
         for status, seqs in by_status.items():
@@ -1050,10 +964,6 @@ class Engine:
         _check(counted == self._slot_users, "users of adapter slots")
 
 
-def _order(view: WaitingView) -> tuple[float, int]:
-    return (view.rank_s, view.key)
-
-
 def _running_order(seq: SequenceState) -> tuple[float, int]:
     return (seq.request.rank_s, seq.key)
 
@@ -1061,13 +971,6 @@ def _running_order(seq: SequenceState) -> tuple[float, int]:
 def _is_last(seq: SequenceState, step: SequenceStep) -> bool:
     """Whether a step gives a sequence the last token that it may have."""
     return step.sampling is not None and len(seq.output) + 1 >= seq.request.max_tokens
-
-
-def _common_pages(wanted: list[int], prompt: tuple[int, ...], page_size: int) -> int:
-    """Tokens that both begin with, in whole pages, and fewer than `wanted` has."""
-    limit = min(len(wanted) - 1, len(prompt))
-    common = next((i for i in range(limit) if wanted[i] != prompt[i]), limit)
-    return common // page_size * page_size
 
 
 def _check(holds: bool, what: str) -> None:

@@ -23,6 +23,7 @@ and published (as text, looked through for stop strings) while the next one runs
 from __future__ import annotations
 
 import asyncio
+import math
 from enum import Enum
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ from .types import Delta, Response, Timings, Usage
 
 if TYPE_CHECKING:
     from ..cache.manager import SequencePages
-    from ..policy import RequestClass
+    from ..policy import Budgets, RequestClass
     from .answer_text import AnswerText
     from .errors import CotuneError
     from .sampling import SamplingState
@@ -203,7 +204,7 @@ class SequenceState:
         slot: the adapter slot while it runs.
         end: how many tokens of `output` count, once it is finished.
         published: how many of them have become text.
-        hint_epoch: when it was looked up what the cache has of its tokens.
+        looked_up_at: the waiting line's count when the cache was last asked about its tokens.
         shared_with: by the key of a prefilling sequence, how many tokens both begin with.
     """
 
@@ -215,12 +216,12 @@ class SequenceState:
         "computed",
         "end",
         "finish_reason",
-        "hint_epoch",
         "in_flight",
         "index",
         "is_published",
         "key",
         "logprobs",
+        "looked_up_at",
         "output",
         "pages",
         "published",
@@ -265,7 +266,7 @@ class SequenceState:
         self.is_published = False
         self.response: Response | None = None
         self.shared_with: dict[int, int] = {}
-        self.hint_epoch = -1
+        self.looked_up_at = -1
         self._ends_with_token = False
         self._taken_parts = 0
         self._taken_tokens = 0
@@ -280,6 +281,15 @@ class SequenceState:
         if self.index == 0 and self.request.lacks_prompt_logprobs:
             return self.tokens[: self.request.logprobs_start]
         return self.tokens
+
+    def due_s(self, budgets: Budgets) -> float:
+        """When its next token is due, on the engine's clock; infinite where it has no target."""
+        request = self.request
+        if not request.has_targets:
+            return math.inf
+        if self.token_times:
+            return self.token_times[-1] + budgets.tbt_s
+        return request.arrival_s + budgets.ttft_s
 
     def append(self, token_id: int, now_s: float) -> None:
         """Take a sampled token and see whether it is the last.

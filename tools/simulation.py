@@ -46,7 +46,7 @@ from .coserve_log import LoggedSample, LoggedTraining
 from .traces import TraceRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ..cache.manager import SequencePages
     from ..policy.costs import Costs
@@ -281,6 +281,7 @@ class Simulation:
         self._views: list[WaitingView] = []
         self._running: list[_Sequence] = []
         self._hint_epoch = 0
+        self._was_corrected = False  # since the plan: what it was made of was not true
         self._lane = (
             None
             if settings.training is None
@@ -329,7 +330,7 @@ class Simulation:
             elif plan.is_pause and lane is not None and lane.is_active:
                 self._pauses += 1
                 self._wait(plan.training.again_s)
-            elif not plan.preemptions:
+            elif not (plan.preemptions or self._was_corrected):
                 raise SimulationError(
                     f"at {self._now_s:.3f} s the policy plans nothing for {len(self._running)} "
                     f"running and {len(self._waiting)} waiting sequences; this is a fault of it"
@@ -443,26 +444,31 @@ class Simulation:
         seats = min(budgets.sequences, budgets.tokens) - len(self._running)
         tokens = budgets.tokens - len(self._running)
         prefilling = [seq for seq in self._running if seq.computed < seq.prompt and seq.keys]
-        size = self._page_size
         for index, seq in enumerate(self._waiting):
             if seats <= 0 or tokens <= 0:
                 break
+            self._look_up(index, seq, prefilling)
             view = self._views[index]
-            if seq.keys:
-                cached = view.cached
-                if seq.hint_epoch != self._hint_epoch:
-                    seq.hint_epoch = self._hint_epoch
-                    cached = size * self._cache.match(0, seq.keys[: -(-seq.known // size)])
-                coming = 0
-                for other in prefilling:
-                    coming = max(coming, self._common_tokens(seq, other))
-                if coming <= cached:
-                    coming = 0
-                if cached != view.cached or coming != view.coming:
-                    view = self._views[index] = view._replace(cached=cached, coming=coming)
             if not view.coming:
                 tokens -= view.known - view.cached
                 seats -= 1
+
+    def _look_up(self, index: int, seq: _Sequence, prefilling: Iterable[_Sequence]) -> None:
+        """Bring the view of one that waits up to date."""
+        if not seq.keys:
+            return
+        view, size = self._views[index], self._page_size
+        cached, idle_pages = view.cached, view.idle_pages
+        now = self._hint_epoch + self._cache.turnover
+        if seq.hint_epoch != now:
+            seq.hint_epoch = now
+            found = self._cache.look_up(0, seq.keys[: -(-seq.known // size)])
+            cached, idle_pages = size * found.tokens, found.idle_pages
+        coming = max((self._common_tokens(seq, other) for other in prefilling), default=0)
+        if coming <= cached:
+            coming = 0
+        if (cached, idle_pages, coming) != (view.cached, view.idle_pages, view.coming):
+            self._views[index] = view._replace(cached=cached, idle_pages=idle_pages, coming=coming)
 
     def _common_tokens(self, seq: _Sequence, other: _Sequence) -> int:
         """Tokens in full pages that `seq` could find once `other` has computed its prompt."""
@@ -485,6 +491,7 @@ class Simulation:
     def _prepare(self, plan: IterationPlan) -> tuple[list[tuple[_Sequence, int]], IterationShape]:
         """Pages and places for what was planned; who takes part with how many tokens."""
         sequences = self._sequences
+        self._was_corrected = False
         for key in plan.preemptions:
             self._preempt(self._known(key))
         steps: list[tuple[_Sequence, int]] = []
@@ -532,13 +539,16 @@ class Simulation:
         """Give a waiting sequence pages for all tokens it knows."""
         size = self._page_size
         needed = -(-seq.known // size)
+        place = bisect_left(self._views, (seq.rank_s, seq.number), key=_order)
+        assert self._waiting[place] is seq
         pages = self._cache.open(0, seq.keys[:needed])
         if not self._cache.reserve(pages, needed):
             self._cache.close(pages)
+            before = self._views[place]
             seq.hint_epoch = -1
+            self._look_up(place, seq, ())
+            self._was_corrected |= self._views[place] != before
             return False
-        place = bisect_left(self._views, (seq.rank_s, seq.number), key=_order)
-        assert self._waiting[place] is seq
         del self._waiting[place], self._views[place]
         insort(self._running, seq, key=_running_order)
         seq.pages = pages
@@ -570,6 +580,7 @@ class Simulation:
             seq.due_s,
             0,
             seq.request.arrival_s,
+            cached // self._page_size,  # not read by anybody, for here it gets pages of its own
         )
         seq.hint_epoch = -1
         place = bisect_left(self._views, _order(view), key=_order)

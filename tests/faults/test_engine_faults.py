@@ -83,7 +83,7 @@ async def test_a_prompt_that_failed_half_way_is_found_as_far_as_it_was_computed(
         bench.executor.failures.extend([None, RuntimeError("the second chunk")])
         with pytest.raises(IterationError):
             await bench.stream(prompt)  # 7 tokens are computed: one page of 4, and 3 more
-        assert bench.cache.match(BASE, prompt) == 4
+        assert bench.cache.look_up(BASE, prompt).tokens == 4
         response = await bench.stream(prompt)
     assert response.usage.cached_tokens == 4
     assert list(response.token_ids) == tokens_of(prompt)
@@ -235,7 +235,7 @@ async def test_pages_that_run_out_under_many_sequences_are_shared_out_in_turns()
     async with Bench(num_pages=12, page_size=2, max_model_len=24, tokens=5) as bench:
         streams = [
             bench.stream([k + 1, 2, 3, 4], max_tokens=18, ignore_eos=True, n=1 + k % 3, seed=k)
-            for k in range(8)
+            for k in range(12)
         ]
         async with asyncio.TaskGroup() as group:
             for stream in streams:

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from cotune.cache.manager import KVCacheManager, SequencePages
+from cotune.cache.manager import CachedPrefix, KVCacheManager, SequencePages
 
 Path: TypeAlias = tuple[Hashable, tuple[int, ...]]
 
@@ -67,6 +67,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.evicted = 0
         self.used: set[int] = set()  # pages that were ever handed out
         self.kept_back = 0  # of the others, those that may not be
+        self.looked_up: dict[tuple[Hashable, tuple[int, ...]], tuple[int, CachedPrefix]] = {}
 
     # --- the model -------------------------------------------------------------------------
 
@@ -142,6 +143,20 @@ class CacheMachine(RuleBasedStateMachine):
             self.last_use.setdefault(path, self.now)
         self.count_uses(seq.path[before:])
 
+    def look_up(self, namespace: Hashable, token_ids: list[int]) -> None:
+        """Tokens and idle pages are the model's; without turnover only recorded pages are new."""
+        path = self.cached_prefix(namespace, token_ids)
+        unread = set(self.unread())
+        found = self.cache.look_up(namespace, token_ids)
+        assert found.tokens == len(path) * self.page_size
+        assert found.idle_pages == sum(step in unread for step in path)
+        key = (namespace, tuple(token_ids))
+        turnover, before = self.looked_up.get(key, (-1, None))
+        if before is not None and turnover == self.cache.turnover:
+            assert found.tokens >= before.tokens
+            assert found.idle_pages == before.idle_pages
+        self.looked_up[key] = self.cache.turnover, found
+
     def count_uses(self, paths: list[Path]) -> None:
         for path in paths:
             self.uses[path] = self.uses.get(path, 0) + 1
@@ -155,7 +170,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def open_one(self, namespace: Hashable, token_ids: list[int], use_cache: bool) -> Running:
         expected = self.cached_prefix(namespace, token_ids)
-        assert self.cache.match(namespace, token_ids) == len(expected) * self.page_size
+        self.look_up(namespace, token_ids)
         if not use_cache:
             expected = []
         pages = self.cache.open(namespace, token_ids if use_cache else token_ids[:1])
@@ -196,12 +211,15 @@ class CacheMachine(RuleBasedStateMachine):
             self.record_one(seq)
 
     @rule(nth=NAMESPACE, token_ids=TOKENS)
-    def match(self, nth: int, token_ids: list[int]) -> None:
-        namespace = self.namespace(nth)
+    def look_something_up(self, nth: int, token_ids: list[int]) -> None:
         before = self.cache.statistics()
-        expected = len(self.cached_prefix(namespace, token_ids)) * self.page_size
-        assert self.cache.match(namespace, token_ids) == expected
+        self.look_up(self.namespace(nth), token_ids)
         assert self.cache.statistics() == before
+
+    @rule()
+    def look_up_the_same_again(self) -> None:
+        for namespace, token_ids in list(self.looked_up):
+            self.look_up(namespace, list(token_ids))
 
     @precondition(lambda self: self.open)
     @rule(which=WHICH, more=TOKENS)

@@ -70,8 +70,8 @@ def test_full_computed_pages_are_shared_and_the_last_partial_one_is_not() -> Non
 def test_at_least_the_last_token_is_left_to_compute() -> None:
     cache = KVCacheManager(8, PAGE)
     cache.close(compute(cache, tokens(0, 8)))
-    assert cache.match(BASE, tokens(0, 8)) == 4
-    assert cache.match(BASE, tokens(0, 9)) == 8
+    assert cache.look_up(BASE, tokens(0, 8)).tokens == 4
+    assert cache.look_up(BASE, tokens(0, 9)).tokens == 8
     assert cache.open(BASE, tokens(0, 8)).cached_tokens == 4
     assert cache.open(BASE, tokens(0, 9)).cached_tokens == 8
     assert cache.open(BASE, []).cached_tokens == 0
@@ -82,11 +82,11 @@ def test_only_what_was_computed_is_recorded() -> None:
     prompt = tokens(0, 20)
     seq = cache.open(BASE, prompt)
     assert cache.reserve(seq, 20)
-    assert cache.match(BASE, prompt) == 0
+    assert cache.look_up(BASE, prompt).tokens == 0
     cache.record(seq, prompt, 7)
-    assert cache.match(BASE, prompt) == 4
+    assert cache.look_up(BASE, prompt).tokens == 4
     cache.record(seq, prompt, 16)
-    assert cache.match(BASE, prompt) == 16
+    assert cache.look_up(BASE, prompt).tokens == 16
     cache.check_integrity()
 
 
@@ -226,10 +226,10 @@ def test_where_growth_is_limited_kept_prefixes_go_before_new_pages() -> None:
     seq = cache.open(BASE, tokens(50, 4))
     assert cache.reserve(seq, 2 * PAGE)
     assert seq.block_table == [3, 4]
-    assert cache.match(BASE, tokens(0, 13)) == 12
+    assert cache.look_up(BASE, tokens(0, 13)).tokens == 12
     assert cache.reserve(seq, 4 * PAGE)
     assert seq.block_table == [3, 4, 1, 2]
-    assert cache.match(BASE, tokens(0, 13)) == 4
+    assert cache.look_up(BASE, tokens(0, 13)).tokens == 4
     assert not cache.reserve(seq, 6 * PAGE)
     cache.limit_growth(None)
     assert not cache.is_growth_limited
@@ -297,7 +297,7 @@ def test_what_follows_a_prefix_computed_twice_is_recorded_below_it() -> None:
         assert cache.reserve(seq, 13 if seq is second else 8)
     cache.record(first, prompt, 8)
     cache.record(second, longer, 13)
-    assert cache.match(BASE, longer) == 12
+    assert cache.look_up(BASE, longer).tokens == 12
     third = cache.open(BASE, longer)
     assert third.block_table == [0, 1, 4]  # the shared pages of both
     cache.check_integrity()
@@ -328,8 +328,8 @@ def test_matching_has_no_side_effects() -> None:
     cache.close(compute(cache, tokens(100, 8)))
     before = cache.statistics()
     for _ in range(3):
-        assert cache.match(BASE, tokens(0, 9)) == 8
-        assert cache.match("unheard of", tokens(0, 9)) == 0
+        assert cache.look_up(BASE, tokens(0, 9)).tokens == 8
+        assert cache.look_up("unheard of", tokens(0, 9)).tokens == 0
     assert cache.statistics() == before
     seq = cache.open(BASE, [7])
     assert cache.reserve(seq, PAGE)
@@ -342,7 +342,7 @@ def test_two_versions_of_an_adapter_share_nothing() -> None:
     prompt = tokens(0, 9)
     one, two = AdapterVersion("tutor", 1), AdapterVersion("tutor", 2)
     first = compute(cache, prompt, one)
-    assert cache.match(two, prompt) == 0
+    assert cache.look_up(two, prompt).tokens == 0
     second = compute(cache, prompt, two)
     assert second.cached_tokens == 0
     assert set(first.block_table).isdisjoint(second.block_table)
@@ -363,7 +363,7 @@ def test_dropping_a_namespace_frees_what_nobody_reads_now_and_the_rest_when_rele
     cache.check_integrity()
     assert counts(cache) == (6, 1, 3)
     assert cache.reachable_pages(old) == frozenset()
-    assert cache.match(old, tokens(0, 12)) == 0
+    assert cache.look_up(old, tokens(0, 12)).tokens == 0
     assert reader.block_table == [0, 4, 5]
 
     cache.record(reader, tokens(0, 9), 9)
@@ -416,7 +416,7 @@ def test_without_sharing_every_page_is_private() -> None:
     first = compute(cache, tokens(0, 9))
     second = compute(cache, tokens(0, 9))
     assert (first.block_table, second.block_table) == ([0, 1, 2], [3, 4, 5])
-    assert cache.match(BASE, tokens(0, 9)) == 0
+    assert cache.look_up(BASE, tokens(0, 9)).tokens == 0
     cache.close(first)
     assert counts(cache) == (5, 0, 3)
     cache.drop_namespace(BASE)
@@ -473,9 +473,9 @@ def test_a_revived_namespace_is_empty_and_usable_beside_the_sequences_of_its_fir
     old = compute(cache, tokens(0, 9))
     cache.drop_namespace(BASE)
     cache.revive_namespace(BASE)
-    assert cache.match(BASE, tokens(0, 9)) == 0
+    assert cache.look_up(BASE, tokens(0, 9)).tokens == 0
     new = compute(cache, tokens(0, 9))
-    assert cache.match(BASE, tokens(0, 9)) == 8
+    assert cache.look_up(BASE, tokens(0, 9)).tokens == 8
     assert not cache.reachable_pages(BASE) & set(old.block_table)
     cache.record(old, tokens(0, 12), 8)  # is not heard any more
     cache.check_integrity()

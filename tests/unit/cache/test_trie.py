@@ -29,11 +29,11 @@ def add_path(
 def test_a_prefix_is_found_page_by_page() -> None:
     trie = PrefixTrie(2)
     add_path(trie, [1, 2, 3, 4], [10, 11])
-    assert trie.match("base", [1, 2, 3, 4, 5, 6], 3) == 2
-    assert trie.match("base", [1, 2, 3, 4], 1) == 1
-    assert trie.match("base", [1, 2, 9, 4], 2) == 1
-    assert trie.match("base", [9, 2, 3, 4], 2) == 0
-    assert trie.match("base", [1, 2, 3], 2) == 1  # half a page is no page
+    assert trie.match("base", [1, 2, 3, 4, 5, 6], 3) == (2, 2)
+    assert trie.match("base", [1, 2, 3, 4], 1) == (1, 1)
+    assert trie.match("base", [1, 2, 9, 4], 2) == (1, 1)
+    assert trie.match("base", [9, 2, 3, 4], 2) == (0, 0)
+    assert trie.match("base", [1, 2, 3], 2) == (1, 1)  # half a page is no page
 
 
 def test_namespaces_never_meet() -> None:
@@ -42,7 +42,7 @@ def test_namespaces_never_meet() -> None:
     add_path(trie, [1, 2], [20], "b")
     assert trie.pages("a") == {10}
     assert trie.pages("b") == {20}
-    assert trie.match("c", [1, 2], 1) == 0
+    assert trie.match("c", [1, 2], 1) == (0, 0)
 
 
 def test_eviction_takes_leaves_first_and_the_least_recently_used_path_first() -> None:
@@ -82,7 +82,7 @@ def test_an_evicted_namespace_stays_for_a_sequence_that_is_open_in_it() -> None:
     add_path(trie, [1, 2], [10])
     assert trie.evict(1) == [10]
     assert trie.insert(idle, (3, 4), 11) is None
-    assert trie.match("base", [3, 4], 1) == 1
+    assert trie.match("base", [3, 4], 1) == (1, 0)  # it is read
     trie.check_integrity()
     assert trie.detach(idle, [11]) == []
     assert trie.evict(1) == [11]
@@ -139,7 +139,7 @@ def test_retiring_returns_every_page_at_once_and_for_good() -> None:
     assert trie.insert(reader, (7, 7), 12) is None
     assert trie.insert(other, (7, 7), 13) is None
     assert sorted(trie.retire("old")) == [10, 11, 12, 13]
-    assert trie.match("old", [1, 2], 1) == 0
+    assert trie.match("old", [1, 2], 1) == (0, 0)
     assert trie.retire("old") == []
     assert reader.is_retired
     with pytest.raises(ValueError, match="'old' is retired"):

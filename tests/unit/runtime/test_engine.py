@@ -239,6 +239,37 @@ async def test_pages_that_are_cached_for_oneself_are_not_room_for_more() -> None
         )
 
 
+async def test_who_is_promised_pages_that_its_own_prefix_locks_keeps_nobody_from_running() -> None:
+    """It goes first and would take the whole budget; but opening its prefix takes two pages of the
+    three that are available, and it needs two more."""
+    lane = GatedLane()
+    bench = Bench(lane=lane, num_pages=6, page_size=16, tokens=16, planner=make_policy("cotune"))
+    prefix = [*range(1, 33)]
+    async with asyncio.timeout(10.0), bench:
+        first = bench.request([*prefix, 40], max_tokens=1, ignore_eos=True)
+        bench.engine.submit(first)
+        while not first.is_done:
+            await lane.step()
+        running = bench.request([50] * 48, max_tokens=2, ignore_eos=True, priority=1)
+        bench.engine.submit(running)
+        gate = await lane.reached()
+        urgent = bench.request([*prefix, *[60] * 18], max_tokens=2, ignore_eos=True, priority=-1)
+        bench.engine.submit(urgent)
+        assert bench.cache.statistics().cached_pages == 2
+        gate.set_result(None)
+        await lane.reached()
+        assert urgent.sequences[0].status is Status.WAITING
+        assert [len(step.token_ids) for step in bench.executor.history[-1]] == [16]
+        lane.open()
+        while not (running.is_done and urgent.is_done):
+            await settle()
+    for request in (running, urgent):
+        assert request.error is None
+        assert request.sequences[0].output == tokens_of(
+            [*request.prompt], max_tokens=2, ignore_eos=True
+        )
+
+
 async def test_a_preemption_that_frees_too_little_is_followed_by_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,0 +1,167 @@
+"""The waiting line: sequences that hold nothing, in order of rank, and what a policy sees of them.
+
+What the prefix trie has of a sequence's tokens changes all the time. It is looked up again only for
+those next in line, and only when pages were recorded, evicted, locked or left since.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+from ..policy import WaitingView
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ..cache.manager import KVCacheManager
+    from ..policy import Budgets
+    from .sequence import SequenceState
+
+
+class WaitingLine:
+    """Sequences by rank, then by key. Owned by the engine.
+
+    Args:
+        cache: where prefixes are looked up.
+        budgets: how far down the line it is worth looking.
+    """
+
+    __slots__ = ("_budgets", "_cache", "_prompts", "_sequences", "_views")
+
+    def __init__(self, cache: KVCacheManager, budgets: Budgets) -> None:
+        self._cache = cache
+        self._budgets = budgets
+        self._sequences: list[SequenceState] = []
+        self._views: list[WaitingView] = []  # of the same
+        self._prompts = 0  # that were recorded
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[SequenceState]:
+        return iter(self._sequences)
+
+    @property
+    def first(self) -> SequenceState:
+        """Who is next. There must be somebody."""
+        return self._sequences[0]
+
+    @property
+    def views(self) -> tuple[WaitingView, ...]:
+        """What a policy sees; see `refresh`."""
+        return tuple(self._views)
+
+    def add(self, seq: SequenceState) -> None:
+        """Put a sequence where it belongs."""
+        view = self._view(seq, 0, 0, 0)
+        seq.looked_up_at = -1
+        place = bisect_left(self._views, _order(view), key=_order)
+        self._sequences.insert(place, seq)
+        self._views.insert(place, view)
+
+    def remove(self, seq: SequenceState) -> None:
+        """Take a sequence out."""
+        place = self._place(seq)
+        del self._sequences[place], self._views[place]
+
+    def note_recorded_prompt(self) -> None:
+        """A whole prompt can be found from now on."""
+        self._prompts += 1
+
+    def refresh(self, running: Sequence[SequenceState]) -> None:
+        """Look up what those next in line would find cached, where it may have changed.
+
+        And what of their prompts one of `running` is about to put there.
+        """
+        budgets = self._budgets
+        seats = min(budgets.sequences, budgets.tokens) - len(running)
+        tokens = budgets.tokens - len(running)
+        if not self._sequences or seats <= 0 or tokens <= 0:
+            return
+        prefilling = [seq for seq in running if seq.computed < len(seq.request.prompt)]
+        for place in range(len(self._sequences)):
+            if seats <= 0 or tokens <= 0:
+                break
+            self._look_up(place, prefilling)
+            view = self._views[place]
+            if not view.coming:  # it is likely to wait, and another to take its place
+                tokens -= view.known - view.cached
+                seats -= 1
+
+    def correct(self, seq: SequenceState) -> bool:
+        """Look up anew what a sequence would find: it could not start. Whether that has changed."""
+        place = self._place(seq)
+        before = self._views[place]
+        seq.looked_up_at = -1
+        self._look_up(place, [])
+        return self._views[place] != before
+
+    def check_integrity(self) -> None:
+        """Raise `AssertionError` where the two lists disagree, or the order is wrong."""
+        assert [view.key for view in self._views] == [seq.key for seq in self._sequences]
+        assert self._views == sorted(self._views, key=_order)
+
+    def _place(self, seq: SequenceState) -> int:
+        place = bisect_left(self._views, (seq.request.rank_s, seq.key), key=_order)
+        assert self._sequences[place] is seq
+        return place
+
+    def _look_up(self, place: int, prefilling: Sequence[SequenceState]) -> None:
+        """Bring one view up to date."""
+        seq, view = self._sequences[place], self._views[place]
+        cached, idle_pages = view.cached, view.idle_pages
+        now = self._prompts + self._cache.turnover
+        if seq.looked_up_at != now:
+            seq.looked_up_at = now
+            seq.shared_with.clear()
+            cached, idle_pages = self._cache.look_up(seq.request.version, seq.cacheable)
+        coming = self._coming(seq, cached, prefilling) if prefilling else 0
+        if (cached, idle_pages, coming) != (view.cached, view.idle_pages, view.coming):
+            self._views[place] = self._view(seq, cached, idle_pages, coming)
+
+    def _coming(self, seq: SequenceState, cached: int, prefilling: Sequence[SequenceState]) -> int:
+        """Tokens of `seq` that one of these is about to put into the cache; 0 if no more than now.
+
+        Whole pages, and fewer than all of its tokens: the last one is computed for its logits.
+        """
+        best = 0
+        if self._cache.enable_prefix_sharing:
+            for other in prefilling:
+                if other.request.version == seq.request.version:
+                    shared = seq.shared_with.get(other.key)
+                    if shared is None:
+                        shared = _common_pages(
+                            seq.cacheable, other.request.prompt, self._budgets.page_size
+                        )
+                        seq.shared_with[other.key] = shared
+                    best = max(best, shared)
+        return best if best > cached else 0
+
+    def _view(self, seq: SequenceState, cached: int, idle_pages: int, coming: int) -> WaitingView:
+        """What the policy sees of a sequence that waits."""
+        request = seq.request
+        version = request.version
+        return WaitingView(
+            seq.key,
+            request.rank_s,
+            len(seq.tokens),
+            cached,
+            version if version.name else None,
+            request.is_background,
+            seq.due_s(self._budgets),
+            coming,
+            request.arrival_s,
+            idle_pages,
+        )
+
+
+def _order(view: WaitingView) -> tuple[float, int]:
+    return (view.rank_s, view.key)
+
+
+def _common_pages(wanted: list[int], prompt: tuple[int, ...], page_size: int) -> int:
+    """Tokens that both begin with, in whole pages, and fewer than `wanted` has."""
+    limit = min(len(wanted) - 1, len(prompt))
+    common = next((i for i in range(limit) if wanted[i] != prompt[i]), limit)
+    return common // page_size * page_size
