@@ -97,6 +97,12 @@ class Costs(NamedTuple):
         )
         return seconds * self.interference if beside_training else seconds
 
+    def chunk_s(self, tokens: int, context: int) -> float:
+        """What an iteration takes more for a chunk of so many prompt tokens after `context`."""
+        return self.per_chunk_s + tokens * (
+            self.per_token_s + self.per_attention_s * (context + (tokens + 1) / 2)
+        )
+
     def quantum_s(self, kind: str, tokens: int, *, beside_serving: bool = False) -> float:
         """Expected seconds of a quantum."""
         if kind == "step":

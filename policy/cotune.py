@@ -130,7 +130,6 @@ class Cotune:
         spent_s = clock.decode_s
         slowed = costs.margin * (costs.interference if is_beside else 1.0)
         least = self._settings.min_chunk_tokens
-        per_token_s, per_attention_s = costs.per_token_s, costs.per_attention_s
         running_left = len(room.unfinished)
         for view in outlook.order:
             if room.tokens <= 0:
@@ -158,9 +157,7 @@ class Cotune:
             )
             if tokens <= 0:
                 break  # no memory for any
-            cost_s = costs.per_chunk_s + tokens * (
-                per_token_s + per_attention_s * (start + tokens / 2)
-            )
+            cost_s = costs.chunk_s(tokens, start)
             if cost_s > left_s:
                 fitting = costs.prefill_tokens_within(left_s + costs.base_s, _NOTHING, start)
                 if fitting < min(least, tokens):
@@ -168,9 +165,7 @@ class Cotune:
                         break
                     fitting = least
                 tokens = min(tokens, fitting)
-                cost_s = costs.per_chunk_s + tokens * (
-                    per_token_s + per_attention_s * (start + tokens / 2)
-                )
+                cost_s = costs.chunk_s(tokens, start)
             if isinstance(view, WaitingView):
                 room.add_admission(view, tokens)
             else:
@@ -192,10 +187,7 @@ class Cotune:
         """
         if view.due_s == math.inf:
             return seen.now_s - view.arrival_s < self._settings.prefix_patience_s
-        tokens = view.known - view.cached
-        work_s = costs.per_chunk_s + tokens * (
-            costs.per_token_s + costs.per_attention_s * (view.cached + tokens / 2)
-        )
+        work_s = costs.chunk_s(view.known - view.cached, view.cached)
         least_s = seen.budgets.ttft_s / 2 if work_s <= 0.0 else work_s * stretch * costs.margin
         return view.due_s - seen.now_s > least_s
 
@@ -334,8 +326,6 @@ def _look(
     now_s, ttft_s = seen.now_s, seen.budgets.ttft_s
     if not queue or ttft_s == math.inf:
         return _Outlook(queue, math.inf, math.inf)
-    per_chunk_s, per_token_s = costs.per_chunk_s, costs.per_token_s
-    per_attention_s = costs.per_attention_s
     stretch = clock.pace(beside=False, urgent=True).stretch
     horizon_s = ttft_s / stretch
     late: list[_View] = []
@@ -344,8 +334,7 @@ def _look(
     least, rank_s, work_s = math.inf, math.inf, 0.0
     for index, view in enumerate(queue):
         start = view.cached if isinstance(view, WaitingView) else view.computed
-        lag = view.known - start
-        own_s = per_chunk_s + lag * (per_token_s + per_attention_s * (start + lag / 2))
+        own_s = costs.chunk_s(view.known - start, start)
         left_s = view.due_s - now_s
         if left_s < own_s * stretch:
             late.append(view)

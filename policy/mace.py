@@ -137,9 +137,7 @@ class _Bins:
         if view.is_background and room.background_tokens <= 0:
             return
         lag = view.known - start
-        seconds = costs.per_chunk_s + lag * (
-            costs.per_token_s + costs.per_attention_s * (start + lag / 2)
-        )
+        seconds = costs.chunk_s(lag, start)
         taken = room.prompt_bytes(lag, pages)
         best = self._best(seconds, taken, lag)
         if best > 0 and self._has_prompt:
@@ -163,9 +161,7 @@ class _Bins:
             self.is_open = False
             return
         self._has_prompt = True
-        seconds = costs.per_chunk_s + tokens * (
-            costs.per_token_s + costs.per_attention_s * (start + tokens / 2)
-        )
+        seconds = costs.chunk_s(tokens, start)
         self._take(0, seconds, room.prompt_bytes(tokens, pages), tokens)
         if isinstance(view, WaitingView):
             room.add_admission(view, tokens)

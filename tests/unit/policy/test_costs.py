@@ -118,6 +118,13 @@ def test_a_quantum_costs_its_rows_and_a_step_what_a_step_costs() -> None:
     assert costs.quantum_s("step", 0) == 3e-3
 
 
+@given(tokens=st.integers(1, 10_000), context=st.integers(0, 100_000))
+def test_a_chunk_takes_what_an_iteration_with_it_takes_more(tokens: int, context: int) -> None:
+    shape = IterationShape(3, 700)
+    more_s = TRUE.iteration_s(shape.with_chunk(tokens, context)) - TRUE.iteration_s(shape)
+    assert TRUE.chunk_s(tokens, context) == pytest.approx(more_s, rel=1e-9)
+
+
 @given(
     seconds=st.floats(0.0, 2.0),
     context=st.integers(0, 100_000),
