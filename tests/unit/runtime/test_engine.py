@@ -257,7 +257,7 @@ async def test_who_is_promised_pages_that_its_own_prefix_locks_keeps_nobody_from
         bench.engine.submit(urgent)
         assert bench.cache.statistics().cached_pages == 2
         gate.set_result(None)
-        await lane.reached()
+        _ = await lane.reached()
         assert urgent.sequences[0].status is Status.WAITING
         assert [len(step.token_ids) for step in bench.executor.history[-1]] == [16]
         lane.open()
