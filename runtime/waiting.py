@@ -56,6 +56,7 @@ class WaitingLine:
         """Put a sequence where it belongs."""
         view = self._view(seq, 0, 0, 0)
         seq.looked_up_at = -1
+        seq.shared_with.clear()
         place = bisect_left(self._views, _order(view), key=_order)
         self._sequences.insert(place, seq)
         self._views.insert(place, view)
@@ -90,12 +91,13 @@ class WaitingLine:
                 seats -= 1
 
     def correct(self, seq: SequenceState) -> bool:
-        """Look up anew what a sequence would find: it could not start. Whether that has changed."""
+        """It could not start: look up anew what it would find. Whether that is something else."""
         place = self._place(seq)
         before = self._views[place]
         seq.looked_up_at = -1
         self._look_up(place, [])
-        return self._views[place] != before
+        view = self._views[place]
+        return (view.cached, view.idle_pages) != (before.cached, before.idle_pages)
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` where the two lists disagree, or the order is wrong."""
@@ -111,12 +113,13 @@ class WaitingLine:
         """Bring one view up to date."""
         seq, view = self._sequences[place], self._views[place]
         cached, idle_pages = view.cached, view.idle_pages
-        now = self._prompts + self._cache.turnover
-        if seq.looked_up_at != now:
-            seq.looked_up_at = now
-            seq.shared_with.clear()
-            cached, idle_pages = self._cache.look_up(seq.request.version, seq.cacheable)
         coming = self._coming(seq, cached, prefilling) if prefilling else 0
+        now = self._prompts + self._cache.turnover
+        # Who waits for a prefix need not know what it would find now: a queue of them stays cheap.
+        if seq.looked_up_at != now and (not coming or seq.looked_up_at < 0):
+            seq.looked_up_at = now
+            cached, idle_pages = self._cache.look_up(seq.request.version, seq.cacheable)
+            coming = coming if coming > cached else 0
         if (cached, idle_pages, coming) != (view.cached, view.idle_pages, view.coming):
             self._views[place] = self._view(seq, cached, idle_pages, coming)
 
@@ -162,6 +165,12 @@ def _order(view: WaitingView) -> tuple[float, int]:
 
 def _common_pages(wanted: list[int], prompt: tuple[int, ...], page_size: int) -> int:
     """Tokens that both begin with, in whole pages, and fewer than `wanted` has."""
-    limit = min(len(wanted) - 1, len(prompt))
-    common = next((i for i in range(limit) if wanted[i] != prompt[i]), limit)
-    return common // page_size * page_size
+    low, high = 0, min(len(wanted) - 1, len(prompt)) // page_size
+    while low < high:  # the first `low` pages agree, those from `high` on are out
+        middle = (low + high + 1) // 2
+        span = slice(low * page_size, middle * page_size)
+        if tuple(wanted[span]) == prompt[span]:
+            low = middle
+        else:
+            high = middle - 1
+    return low * page_size
