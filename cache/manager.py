@@ -219,6 +219,16 @@ class KVCacheManager:
         seq.block_table.extend(pages)
         return True
 
+    def private_pages(self, seq: SequencePages) -> int:
+        """Pages that become available when `seq` is closed. Looks at each of its pages."""
+        self._require_open(seq)
+        table, cursor = seq.block_table, seq._cursor
+        start = count = 0
+        if cursor is not None and not cursor.is_retired:
+            start = cursor.depth
+            count = self._trie.private_pages(cursor, table)
+        return count + sum(self._pool.references(page) == 1 for page in table[start:])
+
     def record(self, seq: SequencePages, token_ids: Sequence[int], num_computed: int) -> None:
         """Offer the pages of `seq` that have become full to later sequences.
 

@@ -113,7 +113,7 @@ class PrefixTrie:
         # Nodes without readers, least recently used first, children before parents.
         self._unread: OrderedDict[_Node, None] = OrderedDict()
         self.turnover = 0
-        """Times that pages got their first reader, lost their last one or were evicted."""
+        """Times that pages got their first reader, lost their last one or were taken out."""
 
     @property
     def evictable_pages(self) -> int:
@@ -242,6 +242,16 @@ class PrefixTrie:
         self._forget_if_empty(root)
         return given_up
 
+    def private_pages(self, cursor: PrefixCursor, block_table: Sequence[int]) -> int:
+        """Of the first `cursor.depth` pages, those that nobody reads once it is detached."""
+        count = 0
+        node = cursor._node
+        for depth in range(cursor.depth - 1, -1, -1):
+            assert isinstance(node, _Node)
+            count += block_table[depth] != node.page or node.readers == 1
+            node = node.parent
+        return count
+
     def evict(self, count: int) -> list[int]:
         """Take out up to `count` pages that nobody reads, least recently used first."""
         pages = []
@@ -312,11 +322,11 @@ class PrefixTrie:
         if root is None:
             return []
         root.is_retired = True
+        self.turnover += 1
         pages = []
         for node in list(_walk(root)):
             if node.readers == 0:
                 del self._unread[node]
-                self.turnover += 1
             pages.append(node.page)
             pages.extend(node.spares)
             node.children.clear()  # parents and children hold one another: help the collector

@@ -66,6 +66,8 @@ Ts = TypeVarTuple("Ts")
 log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
+MAX_PLANS = 3
+"""The policy is asked again where those that it lets in have other prefixes cached than it saw."""
 STOP_LIMIT_S = 60.0
 """How long a shutdown waits for the iteration in flight, once every request has been ended."""
 
@@ -488,15 +490,36 @@ class Engine:
             asyncio.get_running_loop().call_soon(self._decide_ahead, self._under_way)
 
     def _ask_scheduler(self, steps: Mapping[int, SequenceStep], ahead_s: float | None) -> Decision:
-        """Show the scheduler what there is, or will be when these steps are done, in `ahead_s`.
-
-        A sequence that will have all its tokens then is not shown.
-        """
+        """Show the scheduler what there is, or will be when these steps are done, in `ahead_s`."""
         began_s = self._clock()
         self._scheduler.watch_memory(len(self._running))
         self._waiting.refresh(self._running)
-        page_size = self._budgets.page_size
-        next_due_s = began_s + (ahead_s or 0.0) + self._budgets.tbt_s
+        running = self._running_views(steps, began_s + (ahead_s or 0.0) + self._budgets.tbt_s)
+        for _ in range(MAX_PLANS):
+            decision = self._scheduler.decide(
+                running,
+                self._waiting.views,
+                available_pages=self._cache.available_pages,
+                adapters_in_use=frozenset(self._slot_users),
+                free_adapter_slots=self._adapters.max_slots - len(self._slot_users),
+                began_s=began_s,
+                ahead_s=ahead_s,
+            )
+            chosen = [self._sequences[chunk.key] for chunk in decision.plan.admissions]
+            if not self._waiting.check(chosen, self._running):
+                break
+        return decision
+
+    def _running_views(
+        self, steps: Mapping[int, SequenceStep], next_due_s: float
+    ) -> tuple[RunningView, ...]:
+        """What the policy sees of who runs, once these steps are done.
+
+        Who gets a token by them has the next one due then; who gets the last one is not shown.
+        """
+        # Each lacks one page at most. Only where there are fewer does it matter what one that
+        # leaves would give back; to count that takes a look at each of its pages.
+        is_tight = self._cache.available_pages < len(self._running)
         running = []
         for seq in self._running:
             pages = seq.pages
@@ -506,10 +529,10 @@ class Engine:
             computed, known = seq.computed, len(seq.tokens)
             due_s = seq.due_s(self._budgets)
             if (step := steps.get(seq.key)) is not None:
+                if _is_last(seq, step):
+                    continue
                 computed += len(step.token_ids)
                 if step.sampling is not None:
-                    if _is_last(seq, step):
-                        continue
                     known += 1
                     due_s = next_due_s if request.has_targets else due_s
             running.append(
@@ -518,21 +541,13 @@ class Engine:
                     computed,
                     known,
                     count,
-                    count - pages.cached_tokens // page_size,
+                    self._cache.private_pages(pages) if is_tight else count,
                     request.is_background,
                     due_s,
                     request.rank_s,
                 )
             )
-        return self._scheduler.decide(
-            tuple(running),
-            self._waiting.views,
-            available_pages=self._cache.available_pages,
-            adapters_in_use=frozenset(self._slot_users),
-            free_adapter_slots=self._adapters.max_slots - len(self._slot_users),
-            began_s=began_s,
-            ahead_s=ahead_s,
-        )
+        return tuple(running)
 
     def _prepare(self, plan: IterationPlan) -> _Iteration:
         """Carry out a plan up to the point where the lane takes over.
@@ -969,7 +984,9 @@ def _running_order(seq: SequenceState) -> tuple[float, int]:
 
 
 def _is_last(seq: SequenceState, step: SequenceStep) -> bool:
-    """Whether a step gives a sequence the last token that it may have."""
+    """Whether a step gives a sequence the last token that it may have, or all of its prompt."""
+    if seq.sampling is None:
+        return step.start + len(step.token_ids) == len(seq.tokens)
     return step.sampling is not None and len(seq.output) + 1 >= seq.request.max_tokens
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..policy import WaitingView
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ..cache.manager import KVCacheManager
     from ..policy import Budgets
@@ -73,14 +73,15 @@ class WaitingLine:
     def refresh(self, running: Sequence[SequenceState]) -> None:
         """Look up what those next in line would find cached, where it may have changed.
 
-        And what of their prompts one of `running` is about to put there.
+        And what of their prompts one of `running` is about to put there. A policy that goes by
+        another order than rank may choose others: `check` those.
         """
         budgets = self._budgets
         seats = min(budgets.sequences, budgets.tokens) - len(running)
         tokens = budgets.tokens - len(running)
         if not self._sequences or seats <= 0 or tokens <= 0:
             return
-        prefilling = [seq for seq in running if seq.computed < len(seq.request.prompt)]
+        prefilling = _prefilling(running)
         for place in range(len(self._sequences)):
             if seats <= 0 or tokens <= 0:
                 break
@@ -89,6 +90,25 @@ class WaitingLine:
             if not view.coming:  # it is likely to wait, and another to take its place
                 tokens -= view.known - view.cached
                 seats -= 1
+
+    def check(self, chosen: Iterable[SequenceState], running: Sequence[SequenceState]) -> bool:
+        """Look up what these would find, who are to start. Whether it is not what was believed.
+
+        Then more of the line may fit, so those that stand behind them are looked up as well.
+        """
+        prefilling = _prefilling(running)
+        is_other = False
+        last = -1
+        for seq in chosen:
+            place = self._place(seq)
+            last = max(last, place)
+            before = self._views[place]
+            self._look_up(place, prefilling)
+            is_other |= self._views[place] != before
+        if is_other:
+            for place in range(last + 1, min(last + 1 + self._budgets.sequences, len(self))):
+                self._look_up(place, prefilling)
+        return is_other
 
     def correct(self, seq: SequenceState) -> bool:
         """It could not start: look up anew what it would find. Whether that is something else."""
@@ -113,22 +133,24 @@ class WaitingLine:
         """Bring one view up to date."""
         seq, view = self._sequences[place], self._views[place]
         cached, idle_pages = view.cached, view.idle_pages
-        coming = self._coming(seq, cached, prefilling) if prefilling else 0
+        recorded, coming = self._shared(seq, prefilling) if prefilling else (0, 0)
         now = self._prompts + self._cache.turnover
         # Who waits for a prefix need not know what it would find now: a queue of them stays cheap.
-        if seq.looked_up_at != now and (not coming or seq.looked_up_at < 0):
+        is_old = seq.looked_up_at != now and coming <= cached
+        if seq.looked_up_at < 0 or is_old or recorded > cached:
             seq.looked_up_at = now
             cached, idle_pages = self._cache.look_up(seq.request.version, seq.cacheable)
-            coming = coming if coming > cached else 0
+        coming = coming if coming > cached else 0
         if (cached, idle_pages, coming) != (view.cached, view.idle_pages, view.coming):
             self._views[place] = self._view(seq, cached, idle_pages, coming)
 
-    def _coming(self, seq: SequenceState, cached: int, prefilling: Sequence[SequenceState]) -> int:
-        """Tokens of `seq` that one of these is about to put into the cache; 0 if no more than now.
+    def _shared(self, seq: SequenceState, prefilling: Sequence[SequenceState]) -> tuple[int, int]:
+        """Tokens of `seq` that one of these has put into the cache, and that one is about to.
 
         Whole pages, and fewer than all of its tokens: the last one is computed for its logits.
+        Nobody who is waited for waits for a background prompt: it gets little of each iteration.
         """
-        best = 0
+        recorded = coming = 0
         if self._cache.enable_prefix_sharing:
             for other in prefilling:
                 if other.request.version == seq.request.version:
@@ -138,8 +160,11 @@ class WaitingLine:
                             seq.cacheable, other.request.prompt, self._budgets.page_size
                         )
                         seq.shared_with[other.key] = shared
-                    best = max(best, shared)
-        return best if best > cached else 0
+                    if other.computed >= shared:
+                        recorded = max(recorded, shared)
+                    elif seq.request.is_background or not other.request.is_background:
+                        coming = max(coming, shared)
+        return recorded, coming
 
     def _view(self, seq: SequenceState, cached: int, idle_pages: int, coming: int) -> WaitingView:
         """What the policy sees of a sequence that waits."""
@@ -157,6 +182,11 @@ class WaitingLine:
             request.arrival_s,
             idle_pages,
         )
+
+
+def _prefilling(running: Sequence[SequenceState]) -> list[SequenceState]:
+    """Those whose prompt goes on."""
+    return [seq for seq in running if seq.computed < len(seq.request.prompt)]
 
 
 def _order(view: WaitingView) -> tuple[float, int]:

@@ -162,7 +162,10 @@ class CacheMachine(RuleBasedStateMachine):
             self.uses[path] = self.uses.get(path, 0) + 1
 
     def close_one(self, seq: Running) -> None:
+        before = self.cache.available_pages
+        private = self.cache.private_pages(seq.pages)
         self.cache.close(seq.pages)
+        assert self.cache.available_pages == before + private
         self.open.remove(seq)
         self.now += 1
         for path in seq.path:

@@ -539,6 +539,76 @@ async def test_what_is_coming_of_a_prompt_is_whole_pages_of_the_same_version() -
                 await stream
 
 
+async def test_nobody_waits_for_a_prefix_that_is_there_while_the_prompt_goes_on() -> (
+    None
+):
+    lane = GatedLane()
+    bench = Bench(
+        lane=lane, num_pages=512, tokens=32, max_model_len=1024, planner=make_policy("cotune")
+    )
+    shared = [1 + i % 50 for i in range(64)]
+    async with asyncio.timeout(10.0), bench:
+        long = bench.request([*shared, *[51] * 800], max_tokens=1, request_class="batch")
+        bench.engine.submit(long)
+        gate = await lane.reached()
+        short = bench.request([*shared, 60, 61, 62], max_tokens=1)
+        bench.engine.submit(short)
+        gate.set_result(None)
+        gate = await lane.reached()
+        assert [view.coming for view in bench.policy.observations[-1].waiting] == [64]
+        for _ in range(3):
+            gate.set_result(None)
+            gate = await lane.reached()
+        gate.set_result(None)
+        await settle()
+        assert short.is_done
+        assert not long.is_done
+        assert short.sequences[0].cached_tokens == 64
+        lane.open()
+
+
+async def test_an_interactive_request_does_not_wait_for_a_background_prompt() -> None:
+    lane = GatedLane()
+    bench = Bench(lane=lane, num_pages=512, tokens=64, max_model_len=1024)
+    prompt = [1 + i % 50 for i in range(600)]
+    async with asyncio.timeout(10.0), bench:
+        for request in (bench.request(prompt, max_tokens=1), bench.request(prompt, max_tokens=1)):
+            request.is_background = request.id == "r1"
+            bench.engine.submit(request)
+        seen = []
+        for _ in range(3):
+            await lane.step()
+            seen += [view.coming for view in bench.policy.observations[-1].waiting]
+        assert not any(seen)
+        lane.open()
+
+
+@pytest.mark.parametrize("policy", ["inference-only", "cotune"])
+async def test_what_is_cached_is_known_of_those_behind_one_that_cannot_go(policy: str) -> None:
+    """One waits for the only slot, with a prompt as long as the budget; sixteen overtake it."""
+    lane = GatedLane()
+    bench = Bench(
+        lane=lane, num_pages=512, tokens=64, sequences=64, max_slots=1, planner=make_policy(policy)
+    )
+    shared = [1 + i % 50 for i in range(60)]
+    async with asyncio.timeout(10.0), bench:
+        first = bench.request([*shared, 55, 56], max_tokens=1)
+        bench.engine.submit(first)
+        await lane.step()
+        one, two = (bench.add_adapter(name, salt) for name, salt in (("one", 3), ("two", 5)))
+        bench.engine.submit(bench.request([9, 9, 9], version=one, max_tokens=99, ignore_eos=True))
+        for _ in range(2):  # the installation, and the prompt
+            await lane.step()
+        bench.engine.submit(bench.request([7] * 200, version=two, max_tokens=1))
+        others = [bench.request([*shared, 50, i + 1], max_tokens=1) for i in range(16)]
+        for request in others:
+            bench.engine.submit(request)
+        for _ in range(3):
+            await lane.step()
+        assert all(request.is_done for request in others)
+        lane.open()
+
+
 async def test_nobody_waits_for_a_prompt_whose_request_was_left() -> None:
     lane = GatedLane()
     planner = make_policy("cotune")
