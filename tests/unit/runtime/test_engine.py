@@ -539,9 +539,7 @@ async def test_what_is_coming_of_a_prompt_is_whole_pages_of_the_same_version() -
                 await stream
 
 
-async def test_nobody_waits_for_a_prefix_that_is_there_while_the_prompt_goes_on() -> (
-    None
-):
+async def test_nobody_waits_for_a_prefix_that_is_there_while_the_prompt_goes_on() -> None:
     lane = GatedLane()
     bench = Bench(
         lane=lane, num_pages=512, tokens=32, max_model_len=1024, planner=make_policy("cotune")
