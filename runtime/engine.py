@@ -189,7 +189,8 @@ class Engine:
         self._idle.set()
         self._is_draining = False
         self._is_stopping = False
-        self._finish_times: deque[float] = deque(maxlen=32)
+        self._finish_gaps: deque[float] = deque(maxlen=32)  # between answers, while it is busy
+        self._paced_from_s = 0.0  # the last answer, or when it became busy
 
         self._preemptions = 0
         self._iterations = 0
@@ -299,7 +300,9 @@ class Engine:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(request.prompt)
         self._requests[request.id] = request
-        self._idle.clear()
+        if self._idle.is_set():
+            self._idle.clear()
+            self._paced_from_s = self._clock()
         if not request.is_background:
             self._unstarted += 1
             self._prompt_tokens += len(request.prompt)
@@ -867,7 +870,8 @@ class Engine:
         if request.is_background:
             return
         self._finished += 1
-        self._finish_times.append(now_s)
+        self._finish_gaps.append(now_s - self._paced_from_s)
+        self._paced_from_s = now_s
         self._listeners.on_finished(seq.response)
         if self._recorder is not None and request.record is not None:
             self._recorder(request.record, seq.response, request.params)
@@ -913,11 +917,11 @@ class Engine:
 
     def _retry_after_s(self) -> float:
         """When half of the queue should be gone, at the recent pace."""
-        times = self._finish_times
-        if len(times) < 2:
+        gaps = self._finish_gaps
+        if not gaps:
             return 1.0
-        interval_s = (times[-1] - times[0]) / (len(times) - 1)
-        return min(max(1.0, interval_s * self._unstarted / 2), MAX_RETRY_AFTER_S)
+        gap_s = sum(gaps) / len(gaps)
+        return min(max(1.0, gap_s * self._unstarted / 2), MAX_RETRY_AFTER_S)
 
     # -- evidence --------------------------------------------------------------------------------
 
