@@ -162,6 +162,7 @@ def _adapter_body(adapter: AdapterLearning) -> dict[str, Any]:
             "reward_accuracy": adapter.reward_accuracy,
             "gradient_norm": adapter.gradient_norm,
             "learning_rate": adapter.learning_rate,
+            "set_downs": adapter.set_downs,
         },
         "win_rate": adapter.win_rate,
         "base_win_rate": adapter.base_win_rate,

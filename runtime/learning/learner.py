@@ -11,6 +11,11 @@ The last good state is that of the live version: adapter, optimizer and which sa
 on how often. After a refusal nothing is tried again before new feedback has come, since the same
 samples would give the same candidate.
 
+While memory stays short the trainer is set down: its state is written as for a restart, and what it
+held is freed. It is taken up again when there is room and something to do, as after a restart: with
+the same steps, and a fresh optimizer in the last good state. A batch under way begins again, and so
+does an examination.
+
 A learner that fails stops, says so in the log and in its status, and disturbs nobody.
 """
 
@@ -22,10 +27,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from ...streams.lane import LaneClosedError
 from ..errors import ConfigError, CotuneError, DrainingError, IterationError, StorageError
+from ..scheduling.memory_watch import Stake
 from ..types import BASE, AdapterVersion
 from . import checkpoint
 from .gate import choose_held_out, judge
@@ -34,12 +40,12 @@ from .status import AdapterLearning
 from .versions import Lineage, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
     from pathlib import Path
 
-    from ...streams.lane import Lane
     from ..adapters import AdapterStore
     from ..scheduling.desk import TrainingDesk
+    from ..scheduling.memory_watch import TrainerMemory
     from ..training.trainer import StepReport, Trainer, TrainerState
     from .config import LearningConfig
     from .examiner import Examiner
@@ -52,12 +58,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 REFERENCE_BATCH = 16
 """Samples whose reference log-probabilities are written together."""
 REFRESH_INTERVAL_S = 1.0
 """While it trains, a learner looks for new samples this often."""
 MAX_UNDECIDED = 10
 """Candidates in a row that the gate may leave undecided before they count as refused."""
+KEEP_S = 60.0
+"""A trainer whose state could not be written keeps its memory for this long."""
+
+
+class _MemoryWantedError(Exception):
+    """What was under way was dropped, since the trainer is to be set down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +94,8 @@ class Learner:
         publisher: changes what is live.
         versions: directories of versions.
         adapters: holds candidates while they are examined.
-        lane: the training lane.
-        desk: where quanta are offered; they run on that lane.
+        desk: where quanta are offered; what else is for the training lane goes there as well.
+        memory: says when the trainer's memory is wanted, and when it is there again.
         make_trainer: called on the lane, once there is something to train on.
         directory: for checkpoints.
         base: name and fingerprint of the base model.
@@ -97,8 +112,8 @@ class Learner:
         publisher: Publisher,
         versions: VersionStore,
         adapters: AdapterStore,
-        lane: Lane,
         desk: TrainingDesk,
+        memory: TrainerMemory,
         make_trainer: Callable[[], Trainer],
         directory: Path,
         base: tuple[str, str],
@@ -111,15 +126,24 @@ class Learner:
         self._examiner = examiner
         self._versions = versions
         self._adapters = adapters
-        self._lane = lane
         self._desk = desk
         self._desk_key = desk.enroll(adapter)
+        self._memory = memory
+        memory.enroll(self._desk_key, adapter, self)
         self._make_trainer = make_trainer
         self._directory = directory
         self._base = base
         self._clock = clock
 
         self._trainer: Trainer | None = None
+        self._scope: asyncio.Timeout | None = None  # of what may be dropped for want of memory
+        self._stake = Stake.NOTHING
+        self._is_wanted = False  # the trainer's memory
+        self._keeps_until_s = -math.inf
+        self._down: dict[str, Any] | None = None  # the last good buffer, while it is set down
+        self._is_behind = False  # the trainer has less than the checkpoint
+        self._held_bytes = 0  # what it held then
+        self._set_downs = 0
         self._buffer = ReplayBuffer(config.training)
         self._good: _Good | None = None
         self._changes = 0  # of the publisher, when `_good` was taken
@@ -213,18 +237,31 @@ class Learner:
             while True:
                 if self.publisher.changes != self._changes:
                     await self._start_from_live()
-                if self._may_train():
-                    self._phase = "training"
-                    await self._step()
-                    if self._clock() - self._refreshed_s >= REFRESH_INTERVAL_S:
-                        await self._refresh()
-                if self._is_candidate_due():
-                    await self._examine()
-                elif not self._may_train():
-                    self._phase = "idle"
-                    await self._wait_for_feedback()
+                if self._is_wanted:
+                    await self._set_down()
+                try:
+                    await self._go_on()
+                except _MemoryWantedError:
+                    self._is_wanted = True
         finally:
-            await self._save()
+            if not self._is_behind:
+                await self._save()
+
+    async def _go_on(self) -> None:
+        """A step or an examination, or wait for what makes one possible."""
+        if self._down is not None and (self._may_train() or self._is_candidate_due()):
+            await self._take_up(self._down)
+            return
+        if self._may_train():
+            self._phase = "training"
+            await self._step()
+            if self._clock() - self._refreshed_s >= REFRESH_INTERVAL_S:
+                await self._refresh()
+        if self._is_candidate_due():
+            await self._examine()
+        elif not self._may_train():
+            self._phase = "idle"
+            await self._unless_wanted(Stake.NOTHING, self._wait_for_feedback())
 
     async def _wait_for_feedback(self) -> None:
         """Until the store has changed, or something else has waited long enough."""
@@ -308,17 +345,20 @@ class Learner:
         report: StepReport | None = None
         is_done = False
         try:
-            await self._lane.run(trainer.begin, batch)
+            await self._job("begin", trainer.begin, batch)
             is_begun = False
             while trainer.next_quantum() is not None:
-                report = await self._desk.run(self._desk_key, trainer, outlook, is_begun=is_begun)
+                report = await self._unless_wanted(
+                    Stake.BATCH,
+                    self._desk.run(self._desk_key, trainer, outlook, is_begun=is_begun),
+                )
                 is_begun = True
             is_done = True
         finally:
             if not is_done:
                 self._buffer.restore(before)
                 try:
-                    await self._lane.run(trainer.abandon)
+                    await self._job("abandon", trainer.abandon)
                 except LaneClosedError:  # its thread is gone, so this one may
                     trainer.abandon()
                     raise
@@ -351,9 +391,13 @@ class Learner:
             except StorageError as error:  # it will be set aside again
                 log.error("sample %d is not marked as %s: %s", key, reason, error)
 
+    async def _job(self, kind: str, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Run something that is no quantum on the training lane."""
+        return await self._desk.job(self._desk_key, kind, fn, *args)
+
     async def _ready_trainer(self) -> Trainer:
         if self._trainer is None:
-            self._trainer = await self._lane.run(self._make_trainer)
+            self._trainer = await self._job("make", self._make_trainer)
             await self._start_from_live()
         return self._trainer
 
@@ -367,18 +411,18 @@ class Learner:
             return
         live = self.publisher.live
         if live == BASE:
-            await self._lane.run(self._trainer.reset)
-            await self._lane.run(self._trainer.clear_anchor)
+            await self._job("reset", self._trainer.reset)
+            await self._job("anchor", self._trainer.clear_anchor)
         else:
             path = await asyncio.to_thread(self._versions.path, self.adapter, live.version)
-            await self._lane.run(self._trainer.load_adapter, path)
-            await self._lane.run(self._trainer.set_anchor)
+            await self._job("load", self._trainer.load_adapter, path)
+            await self._job("anchor", self._trainer.set_anchor)
         await self._take_good()
 
     async def _take_good(self) -> None:
         """The state of now is what training goes back to."""
         assert self._trainer is not None
-        snapshot = await self._lane.run(self._trainer.snapshot)
+        snapshot = await self._job("snapshot", self._trainer.snapshot)
         self._good = _Good(snapshot, self._buffer.state())
 
     # -- candidates ------------------------------------------------------------------------------
@@ -406,16 +450,16 @@ class Learner:
             await asyncio.to_thread(self._versions.next_number, self.adapter), self._last_number + 1
         )
         self._last_number = number
-        weights = await self._lane.run(trainer.weights)
+        weights = await self._job("weights", trainer.weights)
         path = self._versions.directory(self.adapter, number, refused=False)
         candidate = self._adapters.add(self.adapter, weights, path, number=number, make_live=False)
         try:
             live = publisher.live
-            evaluation = await self._examiner.evaluate(candidate, held_out)
+            evaluation = await self._ask(self._examiner.evaluate(candidate, held_out))
             verdict = judge(
                 evaluation,
-                await self._examiner.evaluate(live, held_out),
-                await self._examiner.probe(BASE),
+                await self._ask(self._examiner.evaluate(live, held_out)),
+                await self._ask(self._examiner.probe(BASE)),
                 self._config.gate,
                 self._config.training.beta,
             )
@@ -431,6 +475,10 @@ class Learner:
         finally:
             self._adapters.unpin(candidate)
         await self._save()
+
+    async def _ask(self, questions: Awaitable[T]) -> T:
+        """What the examiner finds, unless the trainer's memory is wanted before."""
+        return await self._unless_wanted(Stake.EXAMINATION, questions)
 
     async def _publish(
         self,
@@ -449,7 +497,7 @@ class Learner:
         self._undecided = 0
         self._examiner.forget(keep=candidate)
         await self._note_live()
-        await self._lane.run(trainer.set_anchor)
+        await self._job("anchor", trainer.set_anchor)
         await self._take_good()
         held = {
             info.version.version
@@ -466,7 +514,7 @@ class Learner:
         self._undecided = 0
         self._wait_beyond = self._buffer.last_key
         assert self._good is not None
-        await self._lane.run(trainer.restore, self._good.trainer)
+        await self._job("restore", trainer.restore, self._good.trainer)
         self._buffer.restore(self._good.buffer)
 
     async def _write(
@@ -495,15 +543,105 @@ class Learner:
                 self.adapter, candidate.version, trainer.save_adapter, manifest, refused=refused
             )
 
-        await self._lane.run(write)
+        await self._job("version", write)
+
+    # -- giving memory up ------------------------------------------------------------------------
+
+    @property
+    def stake(self) -> Stake | None:
+        """See `Holder`."""
+        if self._trainer is None or self._scope is None or self._clock() < self._keeps_until_s:
+            return None
+        return self._stake
+
+    def give_way(self) -> None:
+        """See `Holder`."""
+        assert self._scope is not None, "it has a stake"
+        self._scope.reschedule(asyncio.get_running_loop().time())
+        self._scope = None
+
+    async def _unless_wanted(self, stake: Stake, work: Awaitable[T]) -> T:
+        """Do this; where the trainer's memory is wanted meanwhile, drop it and raise.
+
+        What waits for the desk is dropped before it has reached the lane: nobody asks for memory
+        while a quantum runs.
+        """
+        scope = asyncio.timeout(None)
+        try:
+            async with scope:
+                self._scope, self._stake = scope, stake
+                try:
+                    return await work
+                finally:
+                    self._scope = None
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise _MemoryWantedError from None
+
+    async def _set_down(self) -> None:
+        """Write the training state to disk, and free what it takes in memory."""
+        self._is_wanted = False
+        self._seen = -1  # a refresh may have been dropped half way
+        trainer, good = self._trainer, self._good
+        assert trainer is not None
+        assert good is not None
+        if not await self._save():
+            self._keeps_until_s = self._clock() + KEEP_S
+            return
+        self._held_bytes = trainer.held_bytes(good.trainer)
+        self._trainer = self._good = None
+        self._down = good.buffer
+        del good
+        await self._job("set down", trainer.close)
+        self._set_downs += 1
+        self._memory.set_down(self._desk_key, self._held_bytes)
+
+    async def _take_up(self, good_buffer: dict[str, Any]) -> None:
+        """When there is room again, go on as after a restart.
+
+        Where that fails for want of memory, or the disk cannot be read, it is tried again later.
+        """
+        from ..training.trainer import is_out_of_memory  # brings torch's autograd and more
+
+        async with asyncio.TaskGroup() as group:
+            freshener = group.create_task(self._stay_fresh())
+            await self._memory.wait_room(self._desk_key)
+            freshener.cancel()
+        self._seen = -1
+        await self._refresh()
+        self._memory.take_up(self._desk_key)
+        self._is_behind = True
+        try:
+            await self._resume()
+            if self._trainer is None:  # the checkpoint was damaged since
+                self._buffer.restore(good_buffer)
+                await self._ready_trainer()
+        except Exception as error:
+            if not isinstance(error, StorageError) and not is_out_of_memory(error):
+                raise
+            log.error("training of %s cannot go on yet: %s", self.adapter, error)
+            trainer, self._trainer, self._good = self._trainer, None, None
+            if trainer is not None:
+                await self._job("set down", trainer.close)
+            self._memory.set_down(self._desk_key, self._held_bytes)
+        else:
+            self._down = None
+            self._is_behind = False
+
+    async def _stay_fresh(self) -> None:
+        """Take in what comes to the store, for as long as nothing else does."""
+        while True:
+            await self._store.wait_change(self._seen)
+            await self._refresh()
 
     # -- state across restarts -------------------------------------------------------------------
 
-    async def _save(self) -> None:
-        """Write the training state to disk."""
+    async def _save(self) -> bool:
+        """Write the training state to disk; whether it is there now."""
         trainer = self._trainer
         if trainer is None:
-            return
+            return True
         assert self._good is not None
         state: dict[str, Any] = {
             "live": self.publisher.live.version,
@@ -525,7 +663,7 @@ class Learner:
             checkpoint.save(self._directory, tensors, state)
 
         try:
-            await self._lane.run(save)
+            await self._job("checkpoint", save)
         except StorageError as error:
             log.error(
                 "the training state of %s is not saved: %s; training goes on, and a restart would "
@@ -533,6 +671,8 @@ class Learner:
                 self.adapter,
                 error,
             )
+            return False
+        return True
 
     async def _resume(self) -> None:
         """Take up what the last checkpoint holds, unless another version went live since."""
@@ -552,7 +692,7 @@ class Learner:
         if state["live"] != self.publisher.live.version:
             return
         try:
-            await self._lane.run(trainer.load_state_dict, tensors, state["trainer"])
+            await self._job("restore", trainer.load_state_dict, tensors, state["trainer"])
         except ConfigError as error:
             log.warning("training of %s begins again at the live version: %s", self.adapter, error)
             return
@@ -583,12 +723,13 @@ class Learner:
         report = self._report
         metrics = self._live_record.metrics if self._live_record is not None else {}
         now = datetime.now(UTC)
+        is_down = self._down is not None and self._phase != "stopped"
         return AdapterLearning(
             adapter=self.adapter,
             live_version=self.publisher.live.version,
             live_since=self._live_since,
             live_age_s=(now - self._live_since).total_seconds() if self._live_since else 0.0,
-            phase=self._phase,
+            phase="set_down" if is_down else self._phase,
             pairs={**states, "queued": queued, "trained": ready - queued},
             steps=self._steps,
             tokens_trained=self._tokens,
@@ -602,4 +743,5 @@ class Learner:
             win_rate=metrics.get("raw_win_rate"),
             base_win_rate=metrics.get("base_raw_win_rate"),
             last_verdict=self._last_verdict,
+            set_downs=self._set_downs,
         )

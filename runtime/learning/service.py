@@ -162,7 +162,7 @@ class LearningService:
             stack.callback(self._scheduler.close_training)
             stack.callback(self.safepoints.close)
             for name in (self._served_name, *config.adapters):
-                self._learners[name] = await self._make_learner(name, lane, desk, probe, base)
+                self._learners[name] = await self._make_learner(name, desk, probe, base)
             self._intake = Intake(
                 self._store,
                 self._codec,
@@ -179,6 +179,8 @@ class LearningService:
             ]
             tasks.append(group.create_task(self._keep_house(), name="cotune-retention"))
             tasks.append(group.create_task(self._prepare_imported(), name="cotune-imports"))
+            review = self._scheduler.look_after_trainers()
+            tasks.append(group.create_task(review, name="cotune-trainer-memory"))
             stack.callback(_cancel, tasks)
             if config.feedback.record_responses:
                 self._engine.record_with(self._record)
@@ -218,7 +220,6 @@ class LearningService:
     async def _make_learner(
         self,
         name: str,
-        lane: Lane,
         desk: TrainingDesk,
         probe: tuple[tuple[int, ...], ...],
         base: tuple[str, str],
@@ -243,8 +244,8 @@ class LearningService:
             publisher=publisher,
             versions=self._versions,
             adapters=self._adapters,
-            lane=lane,
             desk=desk,
+            memory=self._scheduler.trainer_memory,
             make_trainer=self._make_trainer,
             directory=self.state.training(name),
             base=base,

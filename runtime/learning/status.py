@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003
 from typing import Literal, TypeAlias
 
-Phase: TypeAlias = Literal["idle", "training", "evaluating", "publishing", "stopped"]
+Phase: TypeAlias = Literal["idle", "training", "evaluating", "publishing", "set_down", "stopped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,8 @@ class AdapterLearning:
         live_version: what requests get; 0 is the base model.
         live_since: when it went live; None for the base model.
         live_age_s: for how long it has been (freshness).
-        phase: what its learner does now.
+        phase: what its learner does now; "set_down": memory is short, and the training state is on
+            disk until there is room for it again.
         pairs: samples by state: "pending" (reference log-probabilities are due), "queued" (not
             trained on yet), "trained", "held_out", "withdrawn", "contradictory", "refused".
         steps: optimizer steps.
@@ -32,6 +33,7 @@ class AdapterLearning:
             token than the rejected, when it was judged; None for the base model.
         base_win_rate: the base model's share of the same.
         last_verdict: what the gate said last, in words.
+        set_downs: how often training gave up its memory, since the start.
     """
 
     adapter: str
@@ -52,6 +54,7 @@ class AdapterLearning:
     win_rate: float | None = None
     base_win_rate: float | None = None
     last_verdict: str | None = None
+    set_downs: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,16 +8,22 @@ The scheduler is told when an offer comes and when a quantum has ended; the engi
 desk does what the plan says of training. One quantum is on the lane at a time. While it is told to
 wait it stops at its next safepoint, a layer's work away.
 
+What else a learner has to do on the lane (a checkpoint, a version's files) is a job. It needs no
+plan: it runs as soon as the lane is free, before any quantum, and no offer is shown meanwhile.
+
 Everything here runs on the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, TypeVarTuple
 
+from ...policy.packing import rows_per_sample
 from ...policy.types import RunningQuantum, TrainingOffer, TrainingView
 
 if TYPE_CHECKING:
@@ -27,6 +33,11 @@ if TYPE_CHECKING:
     from ...streams.lane import Lane
     from ..training.safepoints import Safepoints
     from ..training.trainer import Quantum, StepReport
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 SHARE_TIME_S = 2.0
 """The training share is that of the last few seconds: older ones count 1/e after this long."""
@@ -57,6 +68,11 @@ class BusyClock:
         """Of the recent past, in [0, 1]."""
         fade = math.exp((self._since_s - now_s) / SHARE_TIME_S)
         return self._share * fade + (1.0 - fade if self._is_on else 0.0)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is on now."""
+        return self._is_on
 
     def idle_since_s(self, now_s: float) -> float:
         """When it went off; `now_s` while it is on."""
@@ -100,6 +116,26 @@ class QuantumOutcome:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOutcome:
+    """Other work that has left the lane.
+
+    Attributes:
+        adapter: whose it was.
+        kind: what it was, in a word.
+        started_s, ended_s: on the runtime's clock.
+        error: what it raised, in words.
+        is_out_of_memory: whether that was for want of memory.
+    """
+
+    adapter: str
+    kind: str
+    started_s: float
+    ended_s: float
+    error: str | None
+    is_out_of_memory: bool
+
+
 class QuantumTrainer(Protocol):
     """What runs quanta: `Trainer`."""
 
@@ -125,6 +161,9 @@ class Overseer(Protocol):
 
     def on_quantum(self, outcome: QuantumOutcome) -> None:
         """A quantum has ended."""
+
+    def on_job(self, outcome: JobOutcome) -> None:
+        """A job has ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -162,7 +201,10 @@ class TrainingDesk:
         self._names: list[str] = []
         self._offers: dict[int, _Offer] = {}  # in the order they came
         self._running: _Running | None = None
+        self._has_job = False  # on the lane
+        self._jobs: deque[asyncio.Future[None]] = deque()  # that wait for it
         self._active = BusyClock(clock())
+        self._quiet_since_s = clock()  # when the last quantum ended
 
     # -- the learners' side ----------------------------------------------------------------------
 
@@ -241,12 +283,85 @@ class TrainingDesk:
             )
             self._overseer.on_quantum(outcome)
 
+    async def job(self, key: int, kind: str, fn: Callable[[*Ts], T], /, *args: *Ts) -> T:
+        """Run ``fn(*args)`` on the lane as soon as it is free; what that gives.
+
+        Args:
+            key: of the learner.
+            kind: what it is, in a word, for the timeline.
+            fn, args: as `Lane.run` takes them.
+
+        Raises what `fn` raises. Cancellation is that of `Lane.run`: a job always runs to its end,
+        and the caller waits for that, also where others go first.
+        """
+        name = self._names[key]
+        cancelled = await self._wait_turn()
+        started_s = self._clock()
+        error: BaseException | None = None
+        try:
+            result = await self._lane.run(fn, *args)
+        except BaseException as failure:
+            error = failure
+            if cancelled is not None and isinstance(failure, Exception):
+                log.exception("job %r of %s failed, and its caller was cancelled", kind, name)
+                raise cancelled from None
+            raise
+        finally:
+            ended_s = self._clock()
+            self._has_job = False
+            self._active.switch(ended_s, is_on=False)
+            self._pass_on()
+            self._overseer.on_job(
+                JobOutcome(
+                    adapter=name,
+                    kind=kind,
+                    started_s=started_s,
+                    ended_s=ended_s,
+                    error=None if error is None else f"{type(error).__name__}: {error}",
+                    is_out_of_memory=error is not None and is_out_of_memory(error),
+                )
+            )
+            del error  # or the traceback and this frame would keep each other alive
+        if cancelled is not None:
+            raise cancelled
+        return result
+
+    async def _wait_turn(self) -> asyncio.CancelledError | None:
+        """Take the lane for a job when it is free; whether the caller was cancelled meanwhile."""
+        if self._running is None and not self._has_job:
+            self._take_lane()
+            return None
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._jobs.append(turn)
+        cancelled: asyncio.CancelledError | None = None
+        while not turn.done():
+            try:
+                await asyncio.shield(turn)
+            except asyncio.CancelledError as error:
+                cancelled = cancelled or error
+        return cancelled
+
+    def _take_lane(self) -> None:
+        self._has_job = True
+        self._active.switch(self._clock(), is_on=True)
+        if any(self._open_offers()):  # they are not to be had now
+            self._overseer.on_training_change()
+
+    def _pass_on(self) -> None:
+        """The lane is free: the next job has it, or whoever a plan starts."""
+        if self._jobs:
+            self._take_lane()
+            self._jobs.popleft().set_result(None)
+        else:
+            self._overseer.on_training_change()
+
     def _leave(self) -> None:
-        """The lane is free again."""
+        """The quantum's place on the lane is free again."""
+        now_s = self._quiet_since_s = self._clock()
         self._running = None
-        self._active.switch(self._clock(), is_on=False)
+        self._active.switch(now_s, is_on=False)
         self._safepoints.release()
-        self._overseer.on_training_change()
+        self._pass_on()
 
     def _open_offers(self) -> Iterator[_Offer]:
         """Those that still wait: a caller that was cancelled may not have had its turn since."""
@@ -266,12 +381,34 @@ class TrainingDesk:
 
     @property
     def has_work(self) -> bool:
-        """Whether a plan could start something, or something runs."""
-        return self._running is not None or any(self._open_offers())
+        """Whether a plan could start something, or a quantum runs."""
+        return self._running is not None or (not self._has_job and any(self._open_offers()))
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the lane works: on a job, or on a quantum that is not told to wait."""
+        return self._active.is_on
 
     def active_s(self, now_s: float) -> float:
-        """Seconds in all in which the lane had a quantum that was not told to wait."""
+        """Seconds in all in which the lane worked: waiting at a safepoint is no work."""
         return self._active.total_s(now_s)
+
+    def quiet_s(self, now_s: float) -> float:
+        """For how long no quantum has run; 0 while one does, held or not."""
+        return 0.0 if self._running is not None else now_s - self._quiet_since_s
+
+    def memory_needs(self, row_bytes: float) -> dict[int, float]:
+        """The least that the quantum which each learner offers takes, in bytes: one sample's rows.
+
+        A backward and a step take nothing: they give back what the forward took.
+        """
+        views = [offer.view for offer in self._open_offers()]
+        return {
+            view.key: 0.0
+            if view.kind in ("backward", "step")
+            else rows_per_sample(view) * row_bytes
+            for view in views
+        }
 
     def view(self, now_s: float) -> TrainingView:
         """What a policy sees."""
@@ -290,7 +427,7 @@ class TrainingDesk:
                 offer.kind != "step",
             )
         return TrainingView(
-            tuple(offer.view for offer in self._open_offers()),
+            () if self._has_job else tuple(offer.view for offer in self._open_offers()),
             running,
             self._active.share(now_s),
             self._active.idle_since_s(now_s),
@@ -302,7 +439,12 @@ class TrainingDesk:
         started: str | None = None
         offer = self._offers.get(plan.start) if plan.start is not None else None
         # A plan may be older than the cancelling of a caller, who has not had a turn since.
-        if offer is not None and not offer.granted.done() and self._running is None:
+        if (
+            offer is not None
+            and not offer.granted.done()
+            and self._running is None
+            and not self._has_job
+        ):
             del self._offers[offer.view.key]
             self._running = _Running(offer, now_s, self._active.total_s(now_s))
             self._active.switch(now_s, is_on=True)
@@ -317,3 +459,8 @@ class TrainingDesk:
             else:
                 self._safepoints.release()
         return started
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. Torch's error is known by its name: no need to import it."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

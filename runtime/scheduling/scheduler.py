@@ -11,15 +11,18 @@ out, and learns from what iterations and quanta took. Owned by the engine; event
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...policy.costs import IterationShape
+from ...policy.packing import pages_to_start
 from ...policy.types import IterationPlan, Observation
-from .desk import BusyClock, TrainingDesk
+from .desk import BusyClock, TrainingDesk, is_out_of_memory
+from .memory_watch import TrainerMemory
 from .statistics import ScheduleStatistics
-from .timeline import IterationRecord, QuantumRecord
+from .timeline import IterationRecord, JobRecord, QuantumRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from ...streams.lane import Lane
     from ..step import SequenceStep
     from ..training.safepoints import Safepoints
-    from .desk import QuantumOutcome
+    from .desk import JobOutcome, QuantumOutcome
     from .memory_watch import MemoryWatch
     from .timeline import Timeline
 
@@ -37,6 +40,10 @@ log = logging.getLogger(__name__)
 
 MEMORY_WAIT_S = 0.1
 """While nothing can run for want of memory, it is read again this often."""
+REVIEW_INTERVAL_S = 0.5
+"""So often it is asked whether trainers should give their memory up, or may come back."""
+STARVED_S = 2.0
+"""A decision that left requests waiting for memory stands for this long, unless another follows."""
 AHEAD_TOLERANCE = 0.1
 """A decision made ahead is dropped where it comes too late by this share of the TBT target."""
 OVERHEAD_RATE = 0.05
@@ -76,6 +83,9 @@ class Scheduler:
         timeline: where they are written down.
         memory: live memory; None where it is not watched.
         clock: seconds, monotonic.
+
+    Attributes:
+        trainer_memory: asks trainers for what they hold while memory is short.
     """
 
     def __init__(
@@ -96,6 +106,8 @@ class Scheduler:
         self._costs = costs
         self._memory = memory
         self._clock = clock
+        self.trainer_memory = TrainerMemory(clock, timeline.mark)
+        self._starved_s = -math.inf  # when a decision left requests waiting for memory
         self._desk: TrainingDesk | None = None
         self._wake: Callable[[], None] = lambda: None
         self._serving = BusyClock(clock())
@@ -163,6 +175,26 @@ class Scheduler:
         if self._memory is not None:
             self._memory.update(self._clock(), running)
 
+    async def look_after_trainers(self) -> None:
+        """Until cancelled: let trainers give way while memory is short, and come back after."""
+        while True:
+            await asyncio.sleep(REVIEW_INTERVAL_S)
+            self.review_memory()
+
+    def review_memory(self) -> None:
+        """One look at whether memory is short, for as long as the trainers are concerned."""
+        watch, desk = self._memory, self._desk
+        if watch is None or desk is None:
+            return
+        now_s = self._clock()
+        self.trainer_memory.review(
+            now_s,
+            threshold=watch.look(now_s),
+            is_serving_short=now_s - self._starved_s <= STARVED_S,
+            needs=desk.memory_needs(watch.training_token),
+            quiet_s=desk.quiet_s(now_s),
+        )
+
     def decide(
         self,
         running: tuple[RunningView, ...],
@@ -215,6 +247,9 @@ class Scheduler:
         """This is what happens next."""
         self._decision = decision
         self._adopted_s = self._clock() if decision.is_ahead else decision.began_s
+        # Memory is why only where it keeps pages back.
+        is_starved = self.lacks_memory and _is_starving(decision)
+        self._starved_s = self._adopted_s if is_starved else -math.inf
         return decision.plan
 
     @property
@@ -275,7 +310,7 @@ class Scheduler:
         self._predicted_s = None
         if self._costs.is_known:
             self._predicted_s = self._costs.costs.iteration_s(
-                self._shape, beside_training=desk is not None and desk.is_busy and not desk.is_held
+                self._shape, beside_training=desk is not None and desk.is_active
             )
         self._training_before_s = desk.active_s(now_s) if desk is not None else 0.0
 
@@ -291,7 +326,7 @@ class Scheduler:
         beside = min(1.0, max(0.0, active_s / seconds)) if seconds > 0.0 else 0.0
         margin = self._costs.costs.margin
         if error is not None:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 self._note_out_of_memory(
                     returned_s, f"iteration, {shape.decodes + shape.prefill_tokens} rows"
                 )
@@ -386,6 +421,20 @@ class Scheduler:
             )
         )
 
+    def on_job(self, outcome: JobOutcome) -> None:
+        """Write down other work on the training lane; nothing is learned from it."""
+        if outcome.is_out_of_memory:
+            self._note_out_of_memory(outcome.ended_s, f"training: {outcome.kind}")
+        self.timeline.add_job(
+            JobRecord(
+                adapter=outcome.adapter,
+                kind=outcome.kind,
+                started_s=outcome.started_s,
+                ended_s=outcome.ended_s,
+                error=outcome.error,
+            )
+        )
+
     def _note_out_of_memory(self, now_s: float, what: str) -> None:
         self.timeline.mark("out of memory", what)
         if self._memory is not None:
@@ -409,9 +458,17 @@ class Scheduler:
         )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. Torch's error is known by its name: no need to import it."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def _is_starving(decision: Decision) -> bool:
+    """Whether there were too few pages: a request gave way, or the first that waits stays out."""
+    seen, plan = decision.observation, decision.plan
+    if plan.preemptions:
+        return True
+    if plan.admissions or len(seen.running) >= seen.budgets.sequences:
+        return False
+    first = next((view for view in seen.waiting if not view.is_background), None)
+    return first is not None and (
+        pages_to_start(first, seen.budgets.page_size) > seen.available_pages
+    )
 
 
 def shape_of(steps: Sequence[SequenceStep]) -> IterationShape:

@@ -47,6 +47,8 @@ class ScheduleStatistics:
         halvings: times that a quantum was cut in two for lack of memory.
         held_s: how long quanta waited at their safepoints.
         holds: iterations during which the training lane was told to wait.
+        jobs: other work that the training lane has done, by kind: checkpoints, versions' files.
+        job_s: what it took, by kind.
         memory_threshold: τ_mem, what may be taken beyond what is held now, in bytes; None where
             memory is not watched.
         near_misses: times that memory was nearly used up.
@@ -78,6 +80,8 @@ class ScheduleStatistics:
     halvings: int = 0
     held_s: float = 0.0
     holds: int = 0
+    jobs: Mapping[str, int] = field(default_factory=dict)
+    job_s: Mapping[str, float] = field(default_factory=dict)
     memory_threshold: int | None = None
     near_misses: int = 0
     out_of_memories: int = 0

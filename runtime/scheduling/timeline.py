@@ -1,7 +1,7 @@
 """The timeline: what each iteration and each quantum was meant to be, and what it was.
 
-    add_iteration, add_quantum, mark ──► three ring buffers ──► snapshot ──► chrome_trace, to_dict
-                                  └────► sums since the start ─► statistics
+    add_iteration, add_quantum, add_job, mark ──► ring buffers ──► snapshot ─► chrome_trace, to_dict
+                                           └────► sums since the start ─► statistics
 
 Times are those of the engine's clock, in seconds. For one thread: the event loop's. To add costs a
 few microseconds; whatever takes longer happens when somebody asks.
@@ -113,8 +113,32 @@ class QuantumRecord(NamedTuple):
         return max(self.ended_s - self.started_s - self.held_s, 0.0)
 
 
+class JobRecord(NamedTuple):
+    """Work of a learner on the training lane that is no quantum: a checkpoint, a version's files.
+
+    Nothing is predicted of it, it cannot be told to wait, and no plan starts it.
+    """
+
+    adapter: str
+    """Whose it is."""
+    kind: str
+    """A stable word: "begin", "checkpoint", "snapshot", "version"."""
+    started_s: float
+    """When it was handed to the training lane."""
+    ended_s: float
+    """When it was over."""
+    error: str | None = None
+    """Why it failed, if it did."""
+
+    @property
+    def seconds(self) -> float:
+        """What it took."""
+        return self.ended_s - self.started_s
+
+
 class Mark(NamedTuple):
-    """Something that happened at one moment: a publication, out of memory, a near miss, a pause."""
+    """Something that happened at one moment: a publication, out of memory, a near miss, a pause, a
+    trainer set down or taken up."""
 
     at_s: float
     name: str
@@ -131,12 +155,14 @@ class TimelineSnapshot:
         now_s: when it was taken, on the same clock.
         iterations: in order of their end, as are `quanta`.
         quanta: those that have ended.
+        jobs: the same, of the training lane's other work.
         marks: in order.
     """
 
     now_s: float
     iterations: tuple[IterationRecord, ...] = ()
     quanta: tuple[QuantumRecord, ...] = ()
+    jobs: tuple[JobRecord, ...] = ()
     marks: tuple[Mark, ...] = ()
 
     @property
@@ -144,6 +170,7 @@ class TimelineSnapshot:
         """The first moment that anything in it tells of; `now_s` where it is empty."""
         moments = [_planning_began_s(it) for it in self.iterations[:1]]
         moments += [quantum.started_s for quantum in self.quanta]
+        moments += [job.started_s for job in self.jobs[:1]]
         moments += [mark.at_s for mark in self.marks[:1]]
         return min(moments, default=self.now_s)
 
@@ -153,12 +180,15 @@ class TimelineSnapshot:
             "now_s": self.now_s,
             "iterations": [_plain(record) for record in self.iterations],
             "quanta": [_plain(record) for record in self.quanta],
+            "jobs": [_plain(record) for record in self.jobs],
             "marks": [_plain(record) for record in self.marks],
         }
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> TimelineSnapshot:
         """The inverse of `to_dict`; fields that are not known here are left out.
+
+        One of before there were jobs has none.
 
         Raises:
             ValueError: `body` is no such thing; says what is wrong.
@@ -171,6 +201,7 @@ class TimelineSnapshot:
                     for row in body["iterations"]
                 ),
                 quanta=tuple(_record(QuantumRecord, row) for row in body["quanta"]),
+                jobs=tuple(_record(JobRecord, row) for row in body.get("jobs", ())),
                 marks=tuple(_record(Mark, row) for row in body["marks"]),
             )
         except (KeyError, TypeError) as error:
@@ -184,7 +215,7 @@ class Timeline:
     """The ring buffers and the sums.
 
     Args:
-        capacity: most iterations, quanta and marks that are remembered, each.
+        capacity: most iterations, quanta, jobs and marks that are remembered, each.
         clock: seconds, monotonic: the one that the records' times are of.
     """
 
@@ -196,6 +227,7 @@ class Timeline:
         self._clock = clock
         self._iterations: deque[IterationRecord] = deque(maxlen=capacity)
         self._quanta: deque[QuantumRecord] = deque(maxlen=capacity)
+        self._jobs: deque[JobRecord] = deque(maxlen=capacity)
         self._marks: deque[Mark] = deque(maxlen=capacity)
         self._decisions = 0
         self._decision_s = 0.0
@@ -213,6 +245,8 @@ class Timeline:
         self._failed_quanta = 0
         self._halvings = 0
         self._held_s = 0.0
+        self._done: Counter[str] = Counter()
+        self._job_s: dict[str, float] = {}
 
     def add_iteration(self, record: IterationRecord) -> None:
         """An iteration has ended."""
@@ -237,6 +271,12 @@ class Timeline:
         self._halvings += record.halvings
         self._held_s += record.held_s
         self._failed_quanta += record.error is not None
+
+    def add_job(self, record: JobRecord) -> None:
+        """Other work on the training lane has ended, for whatever reason."""
+        self._jobs.append(record)
+        self._done[record.kind] += 1
+        self._job_s[record.kind] = self._job_s.get(record.kind, 0.0) + record.seconds
 
     def mark(self, name: str, detail: str = "") -> None:
         """Something happened now; `name` is a stable word such as "publication"."""
@@ -264,6 +304,7 @@ class Timeline:
             now_s=now_s,
             iterations=_tail(self._iterations, lambda record: record.ended_s >= since_s),
             quanta=_tail(self._quanta, lambda record: record.ended_s >= since_s),
+            jobs=_tail(self._jobs, lambda record: record.ended_s >= since_s),
             marks=_tail(self._marks, lambda record: record.at_s >= since_s),
         )
 
@@ -308,6 +349,8 @@ class Timeline:
             halvings=self._halvings,
             held_s=self._held_s,
             holds=self._holds,
+            jobs=dict(self._done),
+            job_s=dict(self._job_s),
         )
 
 
@@ -327,8 +370,9 @@ _ROWS: Final = {
 def chrome_trace(snapshot: TimelineSnapshot, epoch: float) -> dict[str, Any]:
     """The snapshot in the Chrome trace event format, which Perfetto opens (https://ui.perfetto.dev).
 
-    A row each for the scheduler's decisions and marks, the inference lane and the training lane;
-    where a quantum was told to wait, a slice says so below it. Counters: tokens, sequences, slack,
+    A row each for the scheduler's decisions and marks, the inference lane and the training lane,
+    whose quanta and jobs are slices of two categories; where a quantum was told to wait, a slice
+    says so below it. Counters: tokens, sequences, slack,
     memory threshold and the share of training in each iteration. Times are in microseconds since
     the snapshot's first moment.
 
@@ -351,6 +395,8 @@ def chrome_trace(snapshot: TimelineSnapshot, epoch: float) -> dict[str, Any]:
         events += _iteration_events(record, at)
     for quantum in snapshot.quanta:
         events.append(_quantum_event(quantum, at))
+    for job in snapshot.jobs:
+        events.append(_job_event(job, at))
     for begin_s, end_s in _waits(snapshot.iterations, snapshot.quanta):
         events.append(_slice("told to wait", "hold", _TRAINING, at(begin_s), at(end_s), {}))
     events += [_mark_event(mark, at(mark.at_s)) for mark in snapshot.marks]
@@ -432,6 +478,14 @@ def _quantum_event(record: QuantumRecord, at: Callable[[float], float]) -> dict[
     return _slice(name, "quantum", _TRAINING, at(record.started_s), at(record.ended_s), told)
 
 
+def _job_event(record: JobRecord, at: Callable[[float], float]) -> dict[str, Any]:
+    told: dict[str, Any] = {"adapter": record.adapter, "measured_ms": _ms(record.seconds)}
+    if record.error:
+        told["error"] = record.error
+    name = f"failed {record.kind}" if record.error else record.kind
+    return _slice(name, "job", _TRAINING, at(record.started_s), at(record.ended_s), told)
+
+
 def _mark_event(mark: Mark, ts: float) -> dict[str, Any]:
     return {
         "name": mark.name, "cat": "mark", "ph": "i", "s": "p", "ts": ts,
@@ -489,7 +543,7 @@ def _meta(name: str, row: int, told: dict[str, Any]) -> dict[str, Any]:
 # -- small things --------------------------------------------------------------------------------
 
 _T = TypeVar("_T")
-_R = TypeVar("_R", IterationRecord, QuantumRecord, Mark)
+_R = TypeVar("_R", IterationRecord, QuantumRecord, JobRecord, Mark)
 
 
 def _tail(records: deque[_T], is_wanted: Callable[[_T], bool]) -> tuple[_T, ...]:
@@ -514,7 +568,7 @@ def _slack(seconds: float | None) -> float:
     return math.inf if seconds is None else seconds
 
 
-def _plain(record: IterationRecord | QuantumRecord | Mark) -> dict[str, Any]:
+def _plain(record: IterationRecord | QuantumRecord | JobRecord | Mark) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record._asdict().items()

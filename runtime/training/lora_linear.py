@@ -69,6 +69,11 @@ class LoraLinear:
             b.detach().to(device, dtype, copy=True),
         )
 
+    @property
+    def anchor_bytes(self) -> int:
+        """What the anchor's weights take; 0 where there is none."""
+        return sum(matrix.nbytes for matrix in self._anchor or ())
+
     def clear_anchor(self) -> None:
         """Forget the anchor's weights: the anchor is the base model again."""
         self._anchor = None

@@ -87,6 +87,15 @@ class Optimizer:
         self._set_steps(0)
         self.clear()
 
+    def close(self) -> None:
+        """Let go of gradients and moments; of no use afterwards."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        self._gradients = []
+        self._adamw.state.clear()
+        self._adamw.param_groups.clear()
+        self._parameters = {}
+
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of the moments on the CPU, by "exp_avg/NAME" and "exp_avg_sq/NAME"."""
         return {

@@ -106,6 +106,17 @@ class TrainingTree:
         device: torch.device = self._peft.device
         return device
 
+    def close(self) -> None:
+        """Let go of the adapter's weights; of no use afterwards.
+
+        Modules and hooks refer to each other, so they stay until Python's collector comes round.
+        What takes memory is in tensors, which are let go here.
+        """
+        self.clear_anchor()
+        for parameter in self.named_lora().values():
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
+
     def named_lora(self) -> dict[str, nn.Parameter]:
         """peft's names of the trainable parameters, A and B of every adapted linear, in float32."""
         return {
@@ -142,6 +153,11 @@ class TrainingTree:
         self._has_anchor = True
         for path, linear in self._linears.items():
             linear.set_anchor(*_pair(path, linear, lora))
+
+    @property
+    def anchor_bytes(self) -> int:
+        """What the anchor's weights take."""
+        return sum(linear.anchor_bytes for linear in self._linears.values())
 
     def clear_anchor(self) -> None:
         """Measure from the base model again."""

@@ -23,8 +23,11 @@ from cotune.policy.costs import Costs
 from cotune.policy.profile import MemoryCosts, Profile, ProfileKey
 from cotune.runtime.errors import IterationError
 from cotune.runtime.executor import Executor
+from cotune.runtime.learning import checkpoint
 from cotune.runtime.learning.config import GateConfig, LearningConfig, TrainingConfig
-from cotune.runtime.scheduling import profiles
+from cotune.runtime.learning.replay import ReplayBuffer
+from cotune.runtime.scheduling import memory_watch, profiles
+from cotune.runtime.scheduling import scheduler as scheduler_module
 from cotune.runtime.scheduling.timeline import Timeline
 from cotune.runtime.training.optimizer import Optimizer
 from cotune.runtime.training.trainer import Trainer
@@ -239,11 +242,15 @@ async def answers_alone(rt: Runtime) -> list[tuple[int, ...]]:
 class Shortage:
     """Lets forwards, backwards and steps of training run out of memory, the large ones.
 
+    The last times are kept for kinds that were not struck yet: how work on the two lanes falls
+    decides how often each kind is, and not whether it is at all.
+
     Attributes:
         left: how often still.
         struck: how often, by kind.
     """
 
+    KINDS = frozenset({"forward", "backward", "step"})
     ONE_SAMPLE = 50
     """More rows than a sample of this test has: alone, it always fits."""
 
@@ -260,11 +267,15 @@ class Shortage:
 
     def strike(self, kind: str) -> None:
         """Raise, perhaps."""
-        room = self.ONE_SAMPLE * (1 + 2 * self._draw.random())
+        missing = self.KINDS - set(self.struck)
+        is_kept = self.left <= len(missing)
+        room = self.ONE_SAMPLE * (1 if is_kept else 1 + 2 * self._draw.random())
         is_struck = self._rows > room
         if kind == "step":  # it is tried again, but not for ever
-            is_struck = not self._was_step and self._draw.random() < 0.7
+            is_struck = not self._was_step and (is_kept or self._draw.random() < 0.7)
             self._was_step = is_struck
+        if is_kept and kind not in missing:
+            return
         if self.left and is_struck:
             self.left -= 1
             self.struck[kind] += 1
@@ -518,3 +529,189 @@ async def test_an_inference_lane_that_raises_fails_its_requests_and_all_else_goe
         assert rt._served.cache.statistics().owned_pages == 0
         async with clients(rt, expected) as answers:
             await news.until(lambda: all(answers[c] > 1 for c in range(CLIENTS)))
+
+
+# -- what a trainer holds ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers are asked for their memory, and let back, within a fraction of a second."""
+    monkeypatch.setattr(scheduler_module, "REVIEW_INTERVAL_S", 0.02)
+    monkeypatch.setattr(memory_watch, "GIVE_WAY_S", 0.1)
+    monkeypatch.setattr(memory_watch, "COME_BACK_S", 0.1)
+    monkeypatch.setattr(memory_watch, "STEADY_S", 0.0)
+    monkeypatch.setattr(profiles, "load_or_measure", profile_of_a_greedy_trainer)
+
+
+class Trainers:
+    """What trainers were when they were set down, and what they became when they were taken up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
+        self.came: list[tuple[dict[str, torch.Tensor], dict[str, Any]]] = []
+        close, load = Trainer.close, Trainer.load_state_dict
+
+        def on_close(trainer: Trainer) -> None:
+            self.left.append(trainer.state_dict())
+            close(trainer)
+
+        def on_load(trainer: Trainer, *state: Any) -> None:
+            load(trainer, *state)
+            self.came.append(trainer.state_dict())
+
+        monkeypatch.setattr(Trainer, "close", on_close)
+        monkeypatch.setattr(Trainer, "load_state_dict", on_load)
+
+    def check_same(self) -> None:
+        """What came is what had left, bit for bit."""
+        assert len(self.left) == len(self.came) > 0
+        for (left, values), (came, others) in zip(self.left, self.came, strict=True):
+            assert values == others
+            assert left.keys() == came.keys()
+            assert all(torch.equal(left[name], came[name]) for name in left)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("policy", ["cotune", "mace", "synchronous"])
+async def test_a_trainer_is_set_down_while_memory_is_short_and_goes_on_after(
+    directory: Path,
+    tmp_path: Path,
+    news: News,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    policy: str,
+) -> None:
+    trainers = Trainers(monkeypatch)
+    async with runtime(directory, tmp_path, policy=policy, profile="auto", num_pages=96) as rt:
+        learner = learner_of(rt)
+        expected = await answers_alone(rt)
+        await news.until(lambda: steps_of(rt) >= 3)
+        async with clients(rt, expected) as answers:
+            for times in (1, 2):
+                old = learner._trainer
+                assert old is not None
+                device.free_bytes = MARGIN + 8 * ROW  # not one sample of a batch fits
+                await news.until(lambda: rt.learning().adapters[0].phase == "set_down")
+                await news.until(lambda: len(trainers.left) == times)  # noqa: B023 - at once
+                assert old.held_bytes() == 0
+                assert learner._trainer is None
+                assert learner._good is None
+                assert not desk_of(rt).is_busy
+                steps, seen, answered = steps_of(rt), len(news.quanta), answers.copy()
+                await news.until(lambda: all(answers[c] > answered[c] + 3 for c in range(CLIENTS)))  # noqa: B023
+                assert len(news.quanta) == seen
+                assert steps_of(rt) == steps == trainers.left[-1][1]["steps"]
+                assert rt.learning().adapters[0].set_downs == times
+
+                device.free_bytes = 600 * MIB
+                await news.until(lambda: steps_of(rt) >= steps + 3)  # noqa: B023 - at once
+                assert learner._trainer is not None
+                assert rt.learning().adapters[0].phase == "training"
+        trainer = learner._trainer
+        assert trainer is not None
+        assert trainer.steps in (steps_of(rt), steps_of(rt) + 1)  # one just made
+        names = [mark.name for mark in rt.timeline().marks if "trainer" in mark.name]
+        assert names == ["trainer set down", "trainer taken up"] * 2
+        jobs = rt.statistics().schedule.jobs
+        assert jobs["set down"] == jobs["checkpoint"] == 2
+        assert rt.statistics().failed_iterations == 0
+        assert rt.statistics().schedule.failed_quanta == 0
+        assert await answers_alone(rt) == expected
+    trainers.check_same()
+    assert caplog.text.count("memory stays short: the training state of tiny") == 2
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_an_idle_trainer_gives_way_to_a_request_that_memory_keeps_waiting(
+    directory: Path, tmp_path: Path, news: News, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers, gate, execute = Trainers(monkeypatch), threading.Event(), Executor.execute
+    gate.set()
+
+    def gated(executor: Executor, steps: Sequence[SequenceStep]) -> StepResult:
+        assert gate.wait(PATIENCE_S)
+        return execute(executor, steps)
+
+    def prompt(number: int) -> list[int]:
+        return [5 + (7 * token + 31 * number) % 300 for token in range(400)]
+
+    monkeypatch.setattr(Executor, "execute", gated)
+    long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    async with runtime(directory, tmp_path, profile="auto", num_pages=96) as rt:
+        expected = await answers_alone(rt)
+        await news.until(lambda: steps_of(rt) >= 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(ReplayBuffer, "owed_samples", 0)  # nothing more to train on
+            await news.until(lambda: rt.learning().adapters[0].phase == "idle")
+            async with rt.complete(prompt(1), long) as first, rt.complete(prompt(2), long) as other:
+                await anext(first)
+                await anext(other)
+                device.free_bytes = MARGIN + MIB
+                await news.until(lambda: threshold_of(rt) == MIB)
+                assert trainers.left == []
+                async with rt.complete(prompt(3), GREEDY) as waiting:
+                    await news.until(lambda: rt._served.scheduler._starved_s > 0.0)
+                    gate.clear()  # they run until the test has seen enough
+                    await news.until(lambda: len(trainers.left) == 1)
+                    assert rt.statistics().waiting == 1
+                    assert rt.statistics().running == 2
+                    assert rt.learning().adapters[0].phase == "set_down"
+                    device.free_bytes = 600 * MIB
+                    gate.set()
+                    late = (await waiting).token_ids
+                await first
+                await other
+            assert learner_of(rt)._trainer is None, "there is nothing to do"
+            assert (await rt.complete(prompt(3), GREEDY)).token_ids == late
+        await rt.feedback(
+            {
+                "id": "one more",
+                "type": "preference",
+                "prompt": [{"role": "user", "content": "and another one"}],
+                "chosen": "yes, it is",
+                "rejected": "no, not at all",
+            }
+        )
+        steps = steps_of(rt)
+        await news.until(lambda: steps_of(rt) >= steps + 3)
+        assert await answers_alone(rt) == expected
+    trainers.check_same()
+
+
+async def test_iterations_beside_a_checkpoint_are_known_to_have_been(
+    directory: Path, tmp_path: Path, news: News, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_saving, may_end = threading.Event(), threading.Event()
+    save = checkpoint.save
+
+    def slow(*args: Any) -> None:
+        is_saving.set()
+        assert may_end.wait(PATIENCE_S)
+        save(*args)
+
+    async with runtime(directory, tmp_path) as rt:
+        expected = await answers_alone(rt)
+        await news.until(lambda: steps_of(rt) >= 1)
+        monkeypatch.setattr(checkpoint, "save", slow)
+        learner = learner_of(rt)
+        async with asyncio.TaskGroup() as group:
+            saved = group.create_task(learner._save())
+            await asyncio.to_thread(is_saving.wait, PATIENCE_S)
+            seen = len(rt.timeline().iterations)
+            assert await answers_alone(rt) == expected
+            assert not desk_of(rt).has_work
+            quanta = len(news.quanta)
+            beside = rt.timeline().iterations[seen + 1 :]
+            assert beside
+            assert {record.beside_training for record in beside} == {1.0}
+            may_end.set()
+        assert saved.result()
+        assert len(news.quanta) == quanta, "the lane was the job's"
+        (job,) = [job for job in rt.timeline().jobs if job.kind == "checkpoint"]
+        assert job.started_s <= beside[0].started_s
+        assert job.ended_s >= beside[-1].ended_s
+        steps = steps_of(rt)
+        await news.until(lambda: steps_of(rt) >= steps + 3)
+        assert await answers_alone(rt) == expected

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from cotune.cache.manager import KVCacheManager
 from cotune.runtime.adapters import AdapterStore
 from cotune.runtime.errors import DrainingError, IterationError, StorageError
+from cotune.runtime.learning import checkpoint
 from cotune.runtime.learning import learner as module
 from cotune.runtime.learning.config import GateConfig, LearningConfig, TrainingConfig
 from cotune.runtime.learning.gate import Evaluation, ProbeScore, Verdict
@@ -27,6 +28,7 @@ from cotune.runtime.learning.publisher import Publisher
 from cotune.runtime.learning.samples import PreferencePair
 from cotune.runtime.learning.versions import VersionStore
 from cotune.runtime.lora import LoraPair, LoraWeights
+from cotune.runtime.scheduling.memory_watch import COME_BACK_S, Stake, TrainerMemory
 from cotune.runtime.training.trainer import Quantum, StepReport, TrainerState
 from engine_fakes import InlineLane
 
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from cotune.runtime.scheduling.desk import Outlook
 
 NAME = "main"
+HELD = 1000
+"""Bytes that a trainer holds, besides a byte for each tensor of a snapshot."""
 PASSED = Verdict(passed=True, reasons=(), explanation="passed", metrics={"raw_win_rate": 0.9})
 REFUSED = Verdict(passed=False, reasons=("probe_loss",), explanation="refused: it forgot")
 UNDECIDED = Verdict(passed=False, reasons=("not_better",), explanation="not yet", is_undecided=True)
@@ -68,6 +72,8 @@ class FakeStore:
         self.failures: deque[Exception] = deque()
         self.read_failures: deque[Exception] = deque()
         self.reads = 0
+        self.may_read = asyncio.Event()
+        self.may_read.set()
         self.changes = 0
         self._changed = asyncio.Event()
 
@@ -109,6 +115,7 @@ class FakeStore:
 
     async def samples(self, _adapter: str, *, held_out: bool, limit: int) -> tuple[Sample, ...]:
         self.reads += 1
+        await self.may_read.wait()
         if self.read_failures:
             raise self.read_failures.popleft()
         return tuple((self.held_out if held_out else self.training).values())[-limit:]
@@ -149,10 +156,11 @@ class FakeExaminer:
 class FakeTrainer:
     """Weights that are the number of steps since they were new."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: FakeTrainer | None = None) -> None:
         self.value = 0.0
-        self.batches: list[list[int]] = []
+        self.batches: list[list[int]] = before.batches if before else []
         self.anchors: list[float | None] = []
+        self.is_closed = False
         self._batch: Sequence[Sample] | None = None
         self.set_aside: tuple[tuple[int, str], ...] = ()
 
@@ -188,13 +196,22 @@ class FakeTrainer:
     def abandon(self) -> None:
         self._batch = None
 
+    def held_bytes(self, *states: TrainerState) -> int:
+        return HELD + sum(len(state.tensors) for state in states)
+
+    def close(self) -> None:
+        assert self._batch is None
+        self.is_closed = True
+
     def snapshot(self) -> TrainerState:
+        assert not self.is_closed
         return TrainerState({"value": torch.tensor(self.value)}, {})
 
     def restore(self, state: TrainerState) -> None:
         self.value = float(state.tensors["value"])
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        assert not self.is_closed
         return {"value": torch.tensor(self.value)}, {"kind": "fake"}
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
@@ -224,7 +241,14 @@ class FakeTrainer:
 
 
 class _OpenDesk:
-    """Every quantum runs at once."""
+    """Every quantum runs at once, while nobody closes it, and so do jobs but the one `stuck`."""
+
+    def __init__(self) -> None:
+        self.lane = InlineLane()
+        self.jobs: list[str] = []
+        self.stuck: str | None = None
+        self.is_open = asyncio.Event()
+        self.is_open.set()
 
     def enroll(self, _name: str) -> int:
         return 0
@@ -232,7 +256,14 @@ class _OpenDesk:
     async def run(
         self, _key: int, trainer: FakeTrainer, _outlook: Outlook, *, is_begun: bool
     ) -> StepReport:
+        await self.is_open.wait()
         return trainer.run_quantum()
+
+    async def job(self, _key: int, kind: str, fn: Any, *args: Any) -> Any:
+        self.jobs.append(kind)
+        if kind == self.stuck:
+            await asyncio.Event().wait()
+        return await self.lane.run(fn, *args)
 
 
 class _NoBackground:
@@ -265,10 +296,22 @@ class School:
         self.cache = KVCacheManager(8, 4)
         self.adapters = AdapterStore(4, learned_names=(NAME,), on_retired=self.cache.drop_namespace)
         self.versions = VersionStore(self.root / "adapters")
+        self.desk = _OpenDesk()
+        self.marks: list[tuple[str, str]] = []
+        self.memory = TrainerMemory(
+            lambda: self.clock_s, lambda name, told: self.marks.append((name, told))
+        )
+        self.makes: deque[Exception | None] = deque()
         self.learner = self._make_learner()
 
+    def make_trainer(self) -> FakeTrainer:
+        if self.makes and (failure := self.makes.popleft()) is not None:
+            raise failure
+        if self.trainer.is_closed:
+            self.trainer = FakeTrainer(self.trainer)
+        return self.trainer
+
     def _make_learner(self) -> Learner:
-        lane: Any = InlineLane()
         publisher = Publisher(
             NAME,
             versions=self.versions,
@@ -286,9 +329,9 @@ class School:
             publisher=publisher,
             versions=self.versions,
             adapters=self.adapters,
-            lane=lane,
-            desk=_OpenDesk(),  # type: ignore[arg-type]
-            make_trainer=lambda: self.trainer,  # type: ignore[arg-type, return-value]
+            desk=self.desk,  # type: ignore[arg-type]
+            memory=self.memory,
+            make_trainer=self.make_trainer,  # type: ignore[arg-type]
             directory=self.root / "training",
             base=("base", "f00"),
             clock=lambda: self.clock_s,
@@ -572,3 +615,373 @@ async def test_a_checkpoint_of_before_a_promotion_gives_way_to_the_live_version(
     # It began at the base model, with what the version that was live had not been trained on.
     assert again.trainer.anchors[0] is None
     assert again.trainer.value == len(again.trainer.batches) == 1.0
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shortage:
+    """Memory of a school, as the test says: each look is half a second after the one before."""
+
+    school: School
+
+    def __post_init__(self) -> None:
+        self.threshold = 10 * HELD
+
+    def look(self, **changes: Any) -> None:
+        self.school.clock_s += 0.5
+        now: dict[str, Any] = {"is_serving_short": False, "needs": {}, "quiet_s": 99.0}
+        self.school.memory.review(
+            self.school.clock_s, **{**now, "threshold": self.threshold, **changes}
+        )
+
+    async def until(self, condition: Any) -> None:
+        """Look again and again until something holds."""
+        async with asyncio.timeout(20):
+            while not condition():
+                self.look()
+                await asyncio.sleep(0)
+
+    async def strike(self) -> None:
+        """Memory is short until the trainer is set down; then still."""
+        self.threshold = -1
+        count = self.school.learner.status().set_downs
+        await self.until(lambda: self.school.learner.status().set_downs > count)
+        assert self.school.trainer.is_closed
+
+    async def end(self) -> None:
+        """Memory is there again until the trainer is."""
+        self.threshold = 10 * HELD
+        await self.until(lambda: self.school.learner.status().phase != "set_down")
+        assert not self.school.trainer.is_closed
+
+
+@pytest.fixture
+def shortage(school: School) -> Shortage:
+    return Shortage(school)
+
+
+async def test_a_trainer_that_waits_for_a_quantum_is_set_down_and_goes_on_where_it_was(
+    school: School, shortage: Shortage
+) -> None:
+    async with school.running() as learner:
+        school.store.add(8)
+        await school.until(lambda: len(school.trainer.batches) == 2)
+        await school.idle()
+        school.desk.is_open.clear()
+        school.store.add(8)
+        await school.until(lambda: learner.stake is Stake.BATCH)
+        queued = learner.status().pairs["queued"]
+        await shortage.strike()
+        status = learner.status()
+        assert (status.phase, status.steps, status.set_downs) == ("set_down", 2, 1)
+        assert status.pairs["queued"] == queued + 4, "the batch under way is owed again"
+        assert school.desk.jobs[-3:] == ["abandon", "checkpoint", "set down"]
+        school.store.add(4)  # taken in meanwhile
+        await shortage.until(lambda: learner.status().pairs["queued"] == queued + 8)
+        school.desk.is_open.set()
+        await shortage.end()
+        await school.until(lambda: learner.status().steps == 5)
+        await school.idle()
+    assert school.trainer.value == 5.0
+    assert sorted(key for batch in school.trainer.batches for key in batch) == list(range(1, 21))
+    assert [name for name, _ in school.marks] == ["trainer set down", "trainer taken up"]
+
+
+async def test_what_follows_is_what_would_follow_a_restart(tmp_path: Path) -> None:
+    async def learn(root: Path, *, restarts: bool) -> tuple[list[list[int]], float]:
+        school = School(root)
+        school.config = replace(
+            school.config,
+            training=replace(school.config.training, epochs=3, replay_share=0.5),
+        )
+        school.learner = school._make_learner()
+        async with school.running() as learner:
+            school.store.add(24)
+            await school.until(lambda: len(school.trainer.batches) == 7)
+            school.desk.is_open.clear()
+            await school.until(lambda: learner.stake is Stake.BATCH)
+            if not restarts:
+                shortage = Shortage(school)
+                await shortage.strike()
+                school.desk.is_open.set()
+                await shortage.end()
+                await school.idle()
+                return school.trainer.batches, school.trainer.value
+        again = School(root)
+        again.config, again.store = school.config, school.store
+        again.learner = again._make_learner()
+        async with again.running():
+            await again.idle()
+        return school.trainer.batches + again.trainer.batches, again.trainer.value
+
+    down = await learn(tmp_path / "down", restarts=False)
+    restarted = await learn(tmp_path / "restarted", restarts=True)
+    assert down == restarted
+    assert len(down[0]) > 10
+
+
+async def test_one_that_waits_for_feedback_gives_way_and_comes_back_with_it(
+    school: School, shortage: Shortage
+) -> None:
+    async with school.running() as learner:
+        school.store.add(4)
+        await school.until(lambda: school.trainer.batches)
+        await school.idle()
+        await shortage.strike()
+        shortage.threshold = 10 * HELD
+        for _ in range(50):
+            shortage.look()
+            await asyncio.sleep(0)
+        assert learner.status().phase == "set_down", "there is nothing to do"
+        assert school.trainer.is_closed
+        school.store.add(4)
+        await shortage.end()
+        await school.until(lambda: learner.status().steps == 2)
+
+
+async def test_an_examination_is_dropped_for_memory_and_held_again(
+    school: School, shortage: Shortage
+) -> None:
+    school.verdicts += [PASSED]
+    is_stuck = asyncio.Event()
+
+    async def never() -> None:
+        is_stuck.set()
+        await asyncio.Event().wait()
+
+    async with school.running() as learner:
+        school.examiner.before_answer = never
+        school.store.add(8, held_out=2)
+        await is_stuck.wait()
+        assert learner.stake is Stake.EXAMINATION
+        await shortage.strike()
+        assert [info.version.version for info in school.adapters.list()] == []
+        assert len(school.verdicts) == 1
+        school.examiner.before_answer = None
+        await shortage.end()
+        await school.until(lambda: learner.publisher.live.version)
+        await school.idle()
+    assert learner.publisher.live.version == 2
+    assert school.trainer.value == 2.0
+    assert len(school.trainer.batches) == 2
+    assert learner.status().candidates_refused == {}
+
+
+async def test_a_trainer_is_not_asked_while_it_publishes_or_starts(
+    school: School, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    school.verdicts += [PASSED]
+    stakes: list[Stake | None] = []
+    write = school.versions.write
+
+    def watched(*args: Any, **options: Any) -> Path:
+        stakes.append(school.learner.stake)
+        return write(*args, **options)
+
+    monkeypatch.setattr(school.versions, "write", watched)
+    assert school.learner.stake is None
+    async with school.running() as learner:
+        await school.idle()
+        assert learner.stake is None, "there is no trainer yet"
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.publisher.live.version)
+        await school.idle()
+        assert learner.stake is Stake.NOTHING
+    assert stakes == [None]
+
+
+async def test_a_trainer_whose_state_cannot_be_written_keeps_it_and_is_left_alone_for_a_while(
+    school: School,
+    shortage: Shortage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_args: Any) -> None:
+        raise StorageError("the disk is full")
+
+    async with school.running() as learner:
+        school.store.add(4)
+        await school.until(lambda: school.trainer.batches)
+        await school.idle()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", full)
+            shortage.threshold = -1
+            await shortage.until(lambda: "is not saved" in caplog.text)
+            await school.idle()
+            assert learner.stake is None
+            assert learner.status().phase == "idle"
+            assert not school.trainer.is_closed
+        began_s = school.clock_s
+        await shortage.strike()
+        assert school.clock_s - began_s >= module.KEEP_S - 1.0
+        assert school.marks == [("trainer set down", f"{NAME}, 0 MiB")]
+        assert caplog.text.count("is not saved") == 1
+
+
+async def test_another_version_that_went_live_meanwhile_is_what_training_begins_at(
+    school: School, shortage: Shortage
+) -> None:
+    school.verdicts += [PASSED, PASSED]
+    async with school.running() as learner:
+        school.store.add(12, held_out=2)
+        await school.until(lambda: len(school.trainer.batches) == 3)
+        await school.idle()
+        await shortage.strike()
+        await learner.publisher.promote(0, force=False)
+        school.store.add(4)
+        await shortage.end()
+        await school.until(lambda: learner.publisher.live.version == 2)
+        await school.idle()
+        # From the base model, and as after a restart: with all that version 1 had not learned.
+        assert school.trainer.anchors == [None, 2.0]
+        assert school.trainer.value == 2.0
+    first, again = school.trainer.batches[:2], school.trainer.batches[3:]
+    assert sorted(key for batch in first + again for key in batch) == [
+        *range(1, 13),
+        *range(15, 19),
+    ]
+
+
+async def test_a_version_that_goes_live_as_memory_is_wanted_is_what_is_set_down(
+    school: School, shortage: Shortage
+) -> None:
+    school.verdicts += [PASSED]
+    async with school.running() as learner:
+        school.store.add(12, held_out=2)
+        await school.until(lambda: len(school.trainer.batches) == 3)
+        await school.idle()
+        assert school.trainer.value == 3.0
+        await learner.publisher.promote(0, force=False)
+        await shortage.strike()
+        assert school.trainer.value == 0.0, "not the state that version 1 had led to"
+
+
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no room"), RuntimeError("CUDA error: out of memory")]
+)
+async def test_a_trainer_that_finds_no_room_after_all_waits_longer(
+    school: School, shortage: Shortage, failure: Exception
+) -> None:
+    async with school.running() as learner:
+        school.store.add(8)
+        await school.until(lambda: len(school.trainer.batches) == 2)
+        await school.idle()
+        await shortage.strike()
+        school.makes.append(failure)
+        school.store.add(4)
+        shortage.threshold = 10 * HELD
+        await shortage.until(lambda: len(school.marks) == 3)
+        assert learner.status().phase == "set_down"
+        began_s = school.clock_s
+        await shortage.end()
+        assert school.clock_s - began_s >= 2.0 * COME_BACK_S
+        await school.until(lambda: learner.status().steps == 3)
+        await school.idle()
+    assert school.trainer.value == 3.0
+    assert learner.status().set_downs == 1
+    assert [name for name, _ in school.marks] == [
+        "trainer set down",
+        "trainer taken up",
+        "trainer set down",
+        "trainer taken up",
+    ]
+
+
+async def test_one_that_fails_half_way_back_is_freed_and_leaves_its_checkpoint_as_it_was(
+    school: School, shortage: Shortage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[FakeTrainer] = []
+
+    def no_room(trainer: FakeTrainer, *_args: Any) -> None:
+        made.append(trainer)
+        raise torch.OutOfMemoryError("no room for moments")
+
+    async with school.running() as learner:
+        school.store.add(8)
+        await school.until(lambda: len(school.trainer.batches) == 2)
+        await school.idle()
+        await shortage.strike()
+        monkeypatch.setattr(FakeTrainer, "load_state_dict", no_room)
+        school.store.add(4)
+        shortage.threshold = 10 * HELD
+        await shortage.until(lambda: len(school.marks) == 3)
+        assert [trainer.is_closed for trainer in made] == [True]
+        assert learner.status().phase == "set_down"
+    saved = checkpoint.load(school.root / "training")
+    assert saved is not None
+    assert float(saved.tensors["value"]) == 2.0
+
+
+async def test_a_checkpoint_that_was_damaged_meanwhile_costs_the_steps_since_the_live_version(
+    school: School, shortage: Shortage
+) -> None:
+    async with school.running() as learner:
+        school.store.add(8)
+        await school.until(lambda: len(school.trainer.batches) == 2)
+        await school.idle()
+        await shortage.strike()
+        file = school.root / "training" / checkpoint.CHECKPOINT_FILE
+        file.write_bytes(file.read_bytes()[:-1])
+        school.store.add(4)
+        await shortage.end()
+        await school.until(lambda: len(school.trainer.batches) == 5)
+        await school.idle()
+        assert learner.status().steps == 5
+    assert school.trainer.value == 3.0
+
+
+async def test_a_runtime_that_ends_while_a_trainer_is_set_down_loses_nothing(
+    school: School, shortage: Shortage
+) -> None:
+    async with school.running():
+        school.store.add(8)
+        await school.until(lambda: len(school.trainer.batches) == 2)
+        await school.idle()
+        await shortage.strike()
+        school.store.add(4)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    again = School(school.root)
+    again.store = school.store
+    again.learner = again._make_learner()
+    async with again.running() as restarted:
+        await again.until(lambda: restarted.status().steps == 3)
+        await again.idle()
+    assert again.trainer.value == 3.0
+
+
+async def test_a_runtime_that_ends_while_a_trainer_comes_back_keeps_the_checkpoint_of_before(
+    school: School, shortage: Shortage
+) -> None:
+    async with school.running():
+        school.store.add(8)
+        await school.until(lambda: len(school.trainer.batches) == 2)
+        await school.idle()
+        await shortage.strike()
+        school.desk.stuck = "restore"
+        school.store.add(4)
+        shortage.threshold = 10 * HELD
+        await shortage.until(lambda: school.desk.jobs[-1] == "restore")
+        assert school.trainer.value == 0.0, "it begins at the live version"
+    saved = checkpoint.load(school.root / "training")
+    assert saved is not None
+    assert float(saved.tensors["value"]) == 2.0
+
+
+async def test_feedback_that_was_being_read_as_memory_was_wanted_is_read_again(
+    school: School, shortage: Shortage
+) -> None:
+    async with school.running() as learner:
+        school.store.add(4)
+        await school.until(lambda: school.trainer.batches)
+        await school.idle()
+        school.store.may_read.clear()
+        reads = school.store.reads
+        school.store.add(4)
+        await school.until(lambda: school.store.reads > reads)
+        await shortage.strike()
+        school.store.may_read.set()
+        await shortage.end()
+        await school.until(lambda: learner.status().steps == 2)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cotune.policy.types import TrainingPlan
-from cotune.runtime.scheduling.desk import BusyClock, QuantumOutcome, TrainingDesk
+from cotune.runtime.scheduling.desk import BusyClock, JobOutcome, QuantumOutcome, TrainingDesk
 from cotune.runtime.training.safepoints import Safepoints
 from engine_fakes import FakeClock, GatedLane, settle, supervised
 from schedule_fakes import BATCH, OUTLOOK, FakeTrainer, learn
@@ -20,6 +20,7 @@ class Overseer:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.outcomes: list[QuantumOutcome] = []
+        self.jobs: list[JobOutcome] = []
 
     def on_training_change(self) -> None:
         self.told.append("change")
@@ -30,6 +31,10 @@ class Overseer:
     def on_quantum(self, outcome: QuantumOutcome) -> None:
         self.told.append("end")
         self.outcomes.append(outcome)
+
+    def on_job(self, outcome: JobOutcome) -> None:
+        self.told.append("job")
+        self.jobs.append(outcome)
 
 
 class Scene:
@@ -351,3 +356,203 @@ async def test_running_out_of_memory_is_told_and_is_no_error(scene: Scene) -> No
             await task
     assert [outcome.out_of_memories for outcome in scene.overseer.outcomes] == [1, 0]
     assert [outcome.error for outcome in scene.overseer.outcomes] == [None, None]
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+async def test_a_job_has_the_free_lane_at_once_and_no_offer_is_shown_meanwhile(
+    scene: Scene,
+) -> None:
+    desk, clock, overseer = scene.desk, scene.clock, scene.overseer
+    async with supervised(scene.lane) as group:
+        job = group.create_task(desk.job(scene.tutor, "checkpoint", divmod, 7, 2))
+        gate = await scene.lane.reached()
+        assert overseer.told == []
+        group.create_task(desk.run(scene.coder, FakeTrainer(), OUTLOOK, is_begun=False))
+        await settle()
+        clock.now_s = 103.0
+        assert desk.is_active
+        assert not desk.is_busy
+        assert not desk.has_work
+        view = desk.view(clock())
+        assert (view.offers, view.running) == ((), None)
+        assert view.share == pytest.approx(1.0 - math.exp(-1.5))
+        for hold in (False, True):  # a plan of before does nothing
+            assert desk.carry_out(TrainingPlan(start=scene.coder, hold=hold)) is None
+        assert not scene.is_held
+        overseer.told.clear()
+        gate.set_result(None)
+        await settle()
+        assert job.result() == (3, 1)
+        assert overseer.told == ["change", "job"]
+        assert overseer.jobs == [
+            JobOutcome(
+                adapter="tutor",
+                kind="checkpoint",
+                started_s=100.0,
+                ended_s=103.0,
+                error=None,
+                is_out_of_memory=False,
+            )
+        ]
+        assert not desk.is_active
+        assert desk.active_s(200.0) == 3.0
+        assert [offer.key for offer in desk.view(clock()).offers] == [scene.coder]
+        assert desk.carry_out(TrainingPlan(start=scene.coder)) == "forward"
+    scene.check_free()
+
+
+async def test_offers_that_a_job_hides_are_told_to_whoever_plans(scene: Scene) -> None:
+    async with supervised(scene.lane) as group:
+        offer = group.create_task(
+            scene.desk.run(scene.coder, FakeTrainer(), OUTLOOK, is_begun=False)
+        )
+        await settle()
+        scene.overseer.told.clear()
+        group.create_task(scene.desk.job(scene.tutor, "version", int))
+        gate = await scene.lane.reached()
+        assert scene.overseer.told == ["change"]
+        assert not scene.desk.has_work
+        gate.set_result(None)
+        await settle()
+        assert scene.overseer.told == ["change", "change", "job"]
+        assert scene.desk.has_work
+        offer.cancel()
+
+
+async def test_jobs_wait_for_the_quantum_and_go_before_the_next_in_their_order(
+    scene: Scene,
+) -> None:
+    desk, clock = scene.desk, scene.clock
+    ran: list[str] = []
+    async with supervised(scene.lane) as group:
+        group.create_task(desk.run(scene.tutor, FakeTrainer(), OUTLOOK, is_begun=False))
+        await settle()
+        desk.carry_out(TrainingPlan(start=scene.tutor))
+        gate = await scene.lane.reached()
+        for name in ("first", "second"):
+            group.create_task(desk.job(scene.coder, name, ran.append, name))
+            await settle()
+        group.create_task(desk.run(scene.coder, FakeTrainer(), OUTLOOK, is_begun=False))
+        await settle()
+        assert desk.view(clock()).running is not None
+        clock.now_s = 101.0
+        gate.set_result(None)
+        gate = await scene.lane.reached()
+        assert not desk.is_busy
+        assert desk.carry_out(TrainingPlan(start=scene.coder)) is None
+        clock.now_s = 104.0
+        gate.set_result(None)
+        gate = await scene.lane.reached()
+        assert desk.carry_out(TrainingPlan(start=scene.coder)) is None
+        clock.now_s = 106.0
+        gate.set_result(None)
+        await settle()
+        assert desk.carry_out(TrainingPlan(start=scene.coder)) == "forward"
+        await scene.lane.step()
+    assert ran == ["first", "second"]
+    # The time that a job has waited is not its own, nor is a job's time a quantum's.
+    spans = [(job.kind, job.started_s, job.ended_s) for job in scene.overseer.jobs]
+    assert spans == [("first", 101.0, 104.0), ("second", 104.0, 106.0)]
+    spans = [(q.adapter, q.started_s, q.ended_s) for q in scene.overseer.outcomes]
+    assert spans == [("tutor", 100.0, 101.0), ("coder", 106.0, 106.0)]
+    assert all(outcome.held_s == 0.0 for outcome in scene.overseer.outcomes)
+    assert desk.active_s(200.0) == 6.0
+    scene.check_free()
+
+
+async def test_a_job_whose_caller_is_cancelled_runs_all_the_same(scene: Scene) -> None:
+    ran: list[str] = []
+    async with supervised(scene.lane) as group:
+        group.create_task(scene.desk.run(scene.tutor, FakeTrainer(), OUTLOOK, is_begun=False))
+        await settle()
+        scene.desk.carry_out(TrainingPlan(start=scene.tutor))
+        gate = await scene.lane.reached()
+        job = group.create_task(scene.desk.job(scene.coder, "abandon", ran.append, "it"))
+        await settle()
+        for _ in range(2):
+            job.cancel()
+            await settle()
+            assert not job.done()
+        gate.set_result(None)
+        await scene.lane.step()
+        assert job.cancelled()
+    assert ran == ["it"]
+    assert [outcome.error for outcome in scene.overseer.jobs] == [None]
+    scene.check_free()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_out_of_memory"), [(ValueError("no"), False), (MemoryError("all gone"), True)]
+)
+async def test_what_a_job_raises_reaches_its_learner_and_frees_the_lane(
+    scene: Scene, error: Exception, is_out_of_memory: bool
+) -> None:
+    def fail() -> None:
+        raise error
+
+    async def ask() -> None:
+        with pytest.raises(type(error), match=str(error)):
+            await scene.desk.job(scene.tutor, "make", fail)
+
+    async with supervised(scene.lane) as group:
+        group.create_task(ask())
+        await scene.lane.step()
+        scene.check_free()
+        group.create_task(scene.desk.job(scene.tutor, "make", int))
+        await scene.lane.step()
+    first, second = scene.overseer.jobs
+    assert first.error == f"{type(error).__name__}: {error}"
+    assert first.is_out_of_memory == is_out_of_memory
+    assert second.error is None
+
+
+async def test_a_job_that_fails_unseen_is_in_the_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ValueError("the disk is gone")
+
+    async with supervised(scene.lane) as group:
+        group.create_task(scene.desk.job(scene.tutor, "version", int))
+        gate = await scene.lane.reached()
+        job = group.create_task(scene.desk.job(scene.coder, "checkpoint", fail))
+        await settle()
+        job.cancel()
+        await settle()
+        gate.set_result(None)
+        await scene.lane.step()
+        assert job.cancelled()
+    assert "job 'checkpoint' of coder failed, and its caller was cancelled" in caplog.text
+    assert "the disk is gone" in caplog.text
+    scene.check_free()
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+async def test_what_offers_need_at_least_is_one_sample_and_nothing_for_what_frees_memory(
+    scene: Scene,
+) -> None:
+    desk, clock = scene.desk, scene.clock
+    clock.now_s = 104.0
+    assert (desk.memory_needs(3.0), desk.quiet_s(105.0)) == ({}, 5.0)
+    async with supervised(scene.lane) as group:
+        group.create_task(desk.run(scene.tutor, FakeTrainer(), OUTLOOK, is_begun=False))
+        last = FakeTrainer([("backward", 40)])
+        other = group.create_task(desk.run(scene.coder, last, OUTLOOK, is_begun=True))
+        await settle()
+        assert desk.memory_needs(3.0) == {scene.tutor: 120.0, scene.coder: 0.0}
+        desk.carry_out(TrainingPlan(start=scene.tutor, hold=True))
+        gate = await scene.lane.reached()
+        assert desk.memory_needs(3.0) == {scene.coder: 0.0}
+        assert desk.quiet_s(105.0) == 0.0
+        clock.now_s = 106.0
+        gate.set_result(None)
+        await settle()
+        assert desk.quiet_s(107.5) == 1.5
+        group.create_task(desk.job(scene.tutor, "checkpoint", int))
+        await scene.lane.step()
+        assert desk.quiet_s(107.5) == 1.5, "a job is no quantum"
+        other.cancel()

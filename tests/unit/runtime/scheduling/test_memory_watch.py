@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -10,8 +12,19 @@ import pytest
 from cotune.cache.manager import KVCacheManager
 from cotune.policy.memory import MemoryThreshold
 from cotune.policy.types import MemoryView
-from cotune.runtime.scheduling.memory_watch import READ_INTERVAL_S, MemoryNeeds, MemoryWatch
+from cotune.runtime.scheduling.memory_watch import (
+    COME_BACK_S,
+    GIVE_WAY_S,
+    MOST_COME_BACK_S,
+    READ_INTERVAL_S,
+    STEADY_S,
+    MemoryNeeds,
+    MemoryWatch,
+    Stake,
+    TrainerMemory,
+)
 from cotune.streams.memory import MemoryReading
+from engine_fakes import FakeClock, settle
 
 TOTAL = 1000
 MARGIN = 40
@@ -180,3 +193,191 @@ def test_a_device_that_was_never_read_is_taken_for_empty(scene: Scene) -> None:
     scene.device.error = OSError("no")
     assert look(scene.watch, 0.0, 0).threshold == TOTAL - MARGIN
     assert not scene.watch.is_short
+
+
+def test_a_look_beside_the_iterations_leaves_the_cache_as_it_is(scene: Scene) -> None:
+    watch = scene.watch
+    scene.device.free = MARGIN + 64 * PAGE
+    watch.update(10.0, 2)
+    assert not scene.cache.is_growth_limited
+    scene.device.free = MARGIN - 5
+    assert watch.look(10.01) == -5
+    assert watch.threshold == -5
+    assert not scene.cache.is_growth_limited
+    assert scene.device.reads == 2
+    scene.device.free = 0
+    watch.look(10.02)
+    assert scene.near_misses == watch.near_misses == 1
+    look(watch, 10.0 + READ_INTERVAL_S, 2)  # the iterations' own reading is as often as ever
+    assert scene.device.reads == 4
+    assert scene.cache.is_growth_limited
+
+
+# -- what trainers hold --------------------------------------------------------------------------
+
+
+class FakeHolder:
+    """A learner that says what the test tells it, and counts how often it is asked."""
+
+    def __init__(self, stake: Stake | None = Stake.NOTHING) -> None:
+        self.stake = stake
+        self.asked = 0
+
+    def give_way(self) -> None:
+        assert self.stake is not None
+        self.asked += 1
+        self.stake = None
+
+
+class Trainers:
+    """Some holders and a clock: each `review` is half a second after the one before."""
+
+    def __init__(self, *stakes: Stake | None) -> None:
+        self.clock = FakeClock()
+        self.marks: list[tuple[str, str]] = []
+        self.memory = TrainerMemory(self.clock, lambda *mark: self.marks.append(mark))
+        self.holders = [FakeHolder(stake) for stake in stakes]
+        for key, holder in enumerate(self.holders):
+            self.memory.enroll(key, f"adapter {key}", holder)
+
+    @property
+    def asked(self) -> list[int]:
+        return [holder.asked for holder in self.holders]
+
+    def review(self, seconds: float = 0.5, **changes: Any) -> None:
+        """Look at it for so long."""
+        now: dict[str, Any] = {
+            "threshold": 1000,
+            "is_serving_short": False,
+            "needs": {},
+            "quiet_s": math.inf,
+        }
+        until_s = self.clock.now_s + seconds
+        while self.clock.now_s < until_s:
+            self.clock.now_s += 0.5
+            self.memory.review(self.clock.now_s, **{**now, **changes})
+
+
+SHORT: tuple[dict[str, Any], ...] = (
+    {"threshold": 0},
+    {"is_serving_short": True},
+    {"threshold": 99, "needs": {7: 100.0, 8: 500.0}},  # of others
+)
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_memory_that_stays_short_is_asked_of_the_idle_first_and_of_one_at_a_time(
+    short: dict[str, Any],
+) -> None:
+    trainers = Trainers(None, Stake.EXAMINATION, Stake.BATCH, Stake.NOTHING)
+    trainers.review(GIVE_WAY_S, **short)
+    assert trainers.asked == [0, 0, 0, 0], "it may pass"
+    trainers.review(**short)
+    assert trainers.asked == [0, 0, 0, 1]
+    trainers.review(GIVE_WAY_S - 0.5, **short)
+    assert trainers.asked == [0, 0, 0, 1], "what it frees may be enough"
+    trainers.review(**short)
+    assert trainers.asked == [0, 0, 1, 1]
+    trainers.review(GIVE_WAY_S, **short)
+    assert trainers.asked == [0, 1, 1, 1]
+    trainers.review(10 * GIVE_WAY_S, **short)
+    assert trainers.asked == [0, 1, 1, 1], "who has none cannot give"
+
+
+def test_memory_that_comes_and_goes_is_asked_of_nobody() -> None:
+    trainers = Trainers(Stake.NOTHING)
+    for _ in range(10):
+        trainers.review(GIVE_WAY_S, threshold=-1)
+        trainers.review(threshold=1, needs={0: 1.0})
+    assert trainers.asked == [0]
+
+
+def test_a_batch_is_given_up_only_where_no_quantum_runs_and_none_can_go_on() -> None:
+    trainers = Trainers(Stake.BATCH, Stake.EXAMINATION)
+    trainers.review(10.0, threshold=-1, needs={0: 50.0}, quiet_s=GIVE_WAY_S - 0.1)
+    assert trainers.asked == [0, 0]
+    # A backward gives memory back; whoever examines holds some as well.
+    trainers.review(threshold=-1, needs={0: 0.0}, quiet_s=GIVE_WAY_S)
+    assert trainers.asked == [0, 1]
+    trainers.review(10.0, threshold=-1, needs={0: 0.0}, quiet_s=GIVE_WAY_S)
+    assert trainers.asked == [0, 1]
+    trainers.review(threshold=-1, needs={0: 50.0}, quiet_s=GIVE_WAY_S)
+    assert trainers.asked == [1, 1]
+
+
+def test_as_long_as_one_offer_fits_training_does_not_lack_memory() -> None:
+    trainers = Trainers(Stake.NOTHING)
+    trainers.review(10.0, threshold=100, needs={3: 400.0, 4: 100.0})
+    assert trainers.asked == [0]
+
+
+async def test_a_trainer_comes_back_when_there_has_been_room_for_it_and_a_sample() -> None:
+    trainers = Trainers(Stake.BATCH, None)
+    trainers.review(GIVE_WAY_S + 0.5, threshold=99, needs={0: 100.0})
+    assert trainers.asked == [1, 0]
+    trainers.memory.set_down(0, 5 << 20)
+    assert trainers.marks == [("trainer set down", "adapter 0, 5 MiB")]
+    enough = (5 << 20) + 100
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        back = group.create_task(trainers.memory.wait_room(0))
+        await settle()
+        trainers.review(60.0, threshold=enough - 1)
+        trainers.review(COME_BACK_S, threshold=enough)
+        await settle()
+        assert not back.done()
+        trainers.review(threshold=enough, is_serving_short=True)
+        trainers.review(COME_BACK_S, threshold=enough)
+        await settle()
+        assert not back.done(), "it was short meanwhile"
+        trainers.review(threshold=enough)
+    trainers.memory.take_up(0)
+    assert trainers.marks[1:] == [("trainer taken up", "adapter 0")]
+
+
+async def test_trainers_come_back_one_at_a_time_in_the_order_of_their_adapters() -> None:
+    trainers = Trainers(None, None, None)
+    for key, held in enumerate((100, 10, 10)):
+        trainers.memory.set_down(key, held)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        waits = [group.create_task(trainers.memory.wait_room(key)) for key in (2, 1)]
+        await settle()
+        trainers.review(COME_BACK_S + 0.5, threshold=50)  # the first does not wait
+        await settle()
+        assert [task.done() for task in waits] == [False, True]
+        first = group.create_task(trainers.memory.wait_room(0))
+        await settle()
+        trainers.review(10.0, threshold=50)  # nobody overtakes one that is too large as yet
+        await settle()
+        assert not waits[0].done()
+        first.cancel()
+        await settle()
+        trainers.review(COME_BACK_S + 0.5, threshold=50)
+
+
+async def test_one_that_came_back_too_early_waits_longer_each_time() -> None:
+    trainers = Trainers(None)
+    clock, memory = trainers.clock, trainers.memory
+
+    async def wait() -> float:
+        began_s = clock.now_s
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            back = group.create_task(memory.wait_room(0))
+            await settle()
+            while not back.done():
+                trainers.review(threshold=10)
+                await settle()
+        memory.take_up(0)
+        return clock.now_s - began_s
+
+    memory.set_down(0, 1)
+    waited = []
+    for _ in range(9):
+        waited.append(await wait())
+        clock.now_s += STEADY_S - 0.5
+        memory.set_down(0, 1)
+    longest = [COME_BACK_S * 2**n for n in range(6)] + [MOST_COME_BACK_S] * 3
+    assert waited == [seconds + 0.5 for seconds in longest]
+    await wait()
+    clock.now_s += STEADY_S
+    memory.set_down(0, 1)
+    assert await wait() == COME_BACK_S + 0.5

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +16,20 @@ from cotune.policy import Budgets, RunningView, WaitingView
 from cotune.policy.costs import CostModel, CostReport, Costs, IterationShape
 from cotune.policy.memory import MemoryThreshold
 from cotune.policy.types import Chunk, IterationPlan, Observation, TrainingPlan
-from cotune.runtime.scheduling.memory_watch import MemoryNeeds, MemoryWatch
-from cotune.runtime.scheduling.scheduler import OVERHEAD_RATE, Scheduler, shape_of
-from cotune.runtime.scheduling.timeline import Timeline
+from cotune.runtime.scheduling import scheduler as scheduler_module
+from cotune.runtime.scheduling.memory_watch import GIVE_WAY_S, MemoryNeeds, MemoryWatch, Stake
+from cotune.runtime.scheduling.scheduler import (
+    OVERHEAD_RATE,
+    REVIEW_INTERVAL_S,
+    Scheduler,
+    shape_of,
+)
+from cotune.runtime.scheduling.timeline import JobRecord, Timeline
 from cotune.runtime.step import SequenceStep
 from cotune.runtime.training.safepoints import Safepoints
 from cotune.streams.memory import MemoryReading
 from engine_fakes import FakeClock, GatedLane, settle, supervised
 from schedule_fakes import OUTLOOK, FakeTrainer, Scripted
-
-if TYPE_CHECKING:
-    import asyncio
 
 BUDGETS = Budgets(64, 8, 4, ttft_s=2.0, tbt_s=0.5)
 COSTS = Costs(
@@ -70,7 +74,7 @@ class FakeCosts:
 class Scene:
     """A scheduler whose policy plans what `self.plan` says and takes `thinks_s` for it."""
 
-    def __init__(self, *, memory: bool = False) -> None:
+    def __init__(self, *, memory: bool = False, page: int = 0) -> None:
         self.clock = FakeClock()
         self.costs = FakeCosts()
         self.lane = GatedLane()
@@ -85,7 +89,7 @@ class Scene:
         self.watch = MemoryWatch(
             lambda: MemoryReading(1000, self.free_bytes, 0),
             self.threshold,
-            MemoryNeeds(training_token=2.0),
+            MemoryNeeds(page=page, training_token=2.0),
             KVCacheManager(4, 4),
             lambda: self.timeline.mark("near miss"),
         )
@@ -544,3 +548,151 @@ async def test_statistics_say_who_decides_and_how_much_training_there_was(scene:
     assert (statistics.decisions, statistics.tokens, statistics.fill) == (3, 3, 1 / 64)
     assert statistics.prediction_error_p50 == 0.0
     assert statistics.slack_p5_s == math.inf
+
+
+# -- jobs, and the memory of trainers ------------------------------------------------------------
+
+
+async def test_an_iteration_beside_a_job_is_no_undisturbed_one(scene: Scene) -> None:
+    async with supervised(scene.lane) as group:
+        training = Training(scene, FakeTrainer(), group)
+        group.create_task(training.desk.job(training.key, "checkpoint", int))
+        gate = await scene.lane.reached()
+        scene.adopt()
+        scene.scheduler.begin_iteration([DECODE])
+        scene.clock.now_s += 1.0
+        gate.set_result(None)  # it ends in the middle
+        await settle()
+        scene.clock.now_s += 3.0
+        scene.scheduler.end_iteration(scene.clock.now_s)
+        scene.iterate([DECODE], 2.0)
+    assert scene.costs.iterations == [
+        (IterationShape(1, 10), 4.0, 0.25),
+        (IterationShape(1, 10), 2.0, 0.0),
+    ]
+    beside, alone = scene.timeline.snapshot().iterations
+    assert (beside.beside_training, beside.predicted_s) == (0.25, 2.0 * 1.25)
+    assert (alone.beside_training, alone.predicted_s) == (0.0, 1.25)
+    assert scene.costs.quanta == []
+    assert scene.timeline.snapshot().quanta == ()
+    assert scene.timeline.snapshot().jobs == (JobRecord("tutor", "checkpoint", 100.0, 101.0),)
+    assert scene.scheduler.statistics().job_s == {"checkpoint": 1.0}
+
+
+async def test_a_job_that_runs_out_of_memory_makes_the_margin_grow() -> None:
+    def make() -> None:
+        raise torch.OutOfMemoryError("no room for moments")
+
+    async def ask(training: Training) -> None:
+        with pytest.raises(torch.OutOfMemoryError):
+            await training.desk.job(training.key, "make", make)
+
+    scene = Scene(memory=True)
+    before = scene.threshold.margin_bytes
+    async with supervised(scene.lane) as group:
+        group.create_task(ask(Training(scene, FakeTrainer(), group)))
+        await scene.lane.step()
+    assert scene.threshold.margin_bytes == 2 * before
+    (mark,) = scene.timeline.snapshot().marks
+    assert (mark.name, mark.detail) == ("out of memory", "training: make")
+
+
+class FakeHolder:
+    """A learner with a trainer."""
+
+    def __init__(self) -> None:
+        self.stake: Stake | None = Stake.NOTHING
+        self.asked = 0
+
+    def give_way(self) -> None:
+        self.asked += 1
+        self.stake = None
+
+
+def review(scene: Scene, seconds: float) -> None:
+    """Look at it as often as the scheduler does."""
+    for _ in range(round(seconds / REVIEW_INTERVAL_S)):
+        scene.clock.now_s += REVIEW_INTERVAL_S
+        scene.scheduler.review_memory()
+
+
+async def test_a_quantum_that_never_fits_makes_trainers_give_way() -> None:
+    scene, holder = Scene(memory=True), FakeHolder()
+    async with supervised(scene.lane) as group:
+        training = Training(scene, FakeTrainer(), group)
+        scene.scheduler.trainer_memory.enroll(training.key, "tutor", holder)
+        scene.free_bytes = 40 + 79  # a sample of 40 rows takes 80
+        review(scene, 10.0)
+        assert holder.asked == 0, "nobody wants any"
+        await training.offer()
+        review(scene, GIVE_WAY_S)
+        assert holder.asked == 0
+        review(scene, REVIEW_INTERVAL_S)
+        assert holder.asked == 1
+        training.task.cancel()
+
+
+WAITS = WaitingView(2, 100.0, 13, 0, None)
+"""A request of four pages."""
+
+
+@pytest.mark.parametrize("is_limited", [False, True])
+@pytest.mark.parametrize(
+    ("waiting", "plan", "is_starving"),
+    [
+        ((WAITS,), IterationPlan(), True),
+        ((WAITS._replace(known=12),), IterationPlan(), False),
+        ((WAITS._replace(is_background=True),), IterationPlan(), False),
+        ((WAITS,), IterationPlan(admissions=(Chunk(7, 1),)), False),
+        ((), IterationPlan(preemptions=(7,)), True),
+        ((), IterationPlan(), False),
+    ],
+)
+async def test_requests_that_memory_keeps_out_make_trainers_give_way(
+    waiting: tuple[WaitingView, ...], plan: IterationPlan, is_starving: bool, is_limited: bool
+) -> None:
+    scene, holder = Scene(memory=True, page=100 if is_limited else 1), FakeHolder()
+    async with supervised(scene.lane) as group:
+        training = Training(scene, FakeTrainer(), group)
+        scene.scheduler.trainer_memory.enroll(training.key, "tutor", holder)
+        scene.free_bytes = 340
+        scene.plan = plan
+        for _ in range(8):
+            scene.adopt(waiting=waiting)
+            review(scene, REVIEW_INTERVAL_S)
+        assert holder.asked == (is_starving and is_limited)
+
+
+async def test_a_decision_that_nothing_followed_is_not_believed_for_ever() -> None:
+    scene, holder = Scene(memory=True, page=100), FakeHolder()
+    async with supervised(scene.lane) as group:
+        training = Training(scene, FakeTrainer(), group)
+        scene.scheduler.trainer_memory.enroll(training.key, "tutor", holder)
+        scene.free_bytes = 340
+        scene.adopt(waiting=(WAITS,))  # its caller left, and with it the engine's reason to plan
+        review(scene, 20.0)
+        assert holder.asked == 0
+
+
+async def test_nobody_is_asked_without_a_watch_and_after_training_has_closed() -> None:
+    for memory in (False, True):
+        scene, holder = Scene(memory=memory), FakeHolder()
+        scene.scheduler.trainer_memory.enroll(0, "tutor", holder)
+        scene.free_bytes = 0
+        if memory:
+            async with supervised(scene.lane) as group:
+                Training(scene, FakeTrainer(), group)
+            scene.scheduler.close_training()
+        review(scene, 20.0)
+        assert holder.asked == 0
+
+
+async def test_memory_is_looked_at_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene, looked = Scene(memory=True), asyncio.Semaphore(0)
+    monkeypatch.setattr(scheduler_module, "REVIEW_INTERVAL_S", 0.0)
+    monkeypatch.setattr(scene.scheduler, "review_memory", looked.release)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        task = group.create_task(scene.scheduler.look_after_trainers())
+        for _ in range(3):
+            await looked.acquire()
+        task.cancel()

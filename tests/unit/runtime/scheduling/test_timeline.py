@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from cotune.runtime.scheduling.statistics import DECISION_BUCKETS_S, ScheduleSta
 from cotune.runtime.scheduling.timeline import (
     RECENT,
     IterationRecord,
+    JobRecord,
     QuantumRecord,
     Timeline,
     TimelineSnapshot,
@@ -333,3 +334,51 @@ def test_a_trace_is_strict_json_without_times_before_its_beginning() -> None:
     times = [event["ts"] for event in trace["traceEvents"] if "ts" in event]
     assert min(times) == 0.0
     assert all(event["dur"] >= 0.0 for event in trace["traceEvents"] if event["ph"] == "X")
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+def with_jobs() -> TimelineSnapshot:
+    jobs = (
+        JobRecord("tutor", "checkpoint", 8.5, 9.25),
+        JobRecord("tutor", "checkpoint", 13.0, 13.5, "OSError: full"),
+        JobRecord("coder", "version", 14.0, 16.0),
+    )
+    return replace(full(), jobs=jobs)
+
+
+def test_jobs_are_remembered_and_counted_apart_from_quanta() -> None:
+    clock = Clock()
+    timeline = Timeline(capacity=2, clock=clock)
+    for job in with_jobs().jobs:
+        timeline.add_job(job)
+    assert timeline.snapshot().jobs == with_jobs().jobs[1:]
+    clock.now_s = 17.0
+    assert timeline.snapshot(2.0).jobs == with_jobs().jobs[2:]
+    found = timeline.statistics()
+    assert found.jobs == {"checkpoint": 2, "version": 1}
+    assert found.job_s == {"checkpoint": 1.25, "version": 2.0}
+    assert (found.quanta, found.quantum_s) == ({}, {})
+
+
+def test_jobs_survive_json_and_an_older_server_has_none() -> None:
+    snapshot = with_jobs()
+    assert snapshot.starts_s == 8.5
+    body = json.loads(json.dumps(snapshot.to_dict(), allow_nan=False))
+    assert TimelineSnapshot.from_dict(body) == snapshot
+    del body["jobs"]
+    assert TimelineSnapshot.from_dict(body) == full()
+
+
+def test_jobs_are_slices_of_their_own_on_the_training_lanes_row() -> None:
+    events = chrome_trace(with_jobs(), 0.0)["traceEvents"]
+    jobs = [event for event in events if event.get("cat") == "job"]
+    (row,) = {event["tid"] for event in events if event.get("cat") == "quantum"}
+    assert [(e["name"], e["ts"], e["dur"], e["tid"]) for e in jobs] == [
+        ("checkpoint", 0.0, 0.75e6, row),
+        ("failed checkpoint", 4.5e6, 0.5e6, row),
+        ("version", 5.5e6, 2e6, row),
+    ]
+    assert jobs[1]["args"] == {"adapter": "tutor", "measured_ms": 500.0, "error": "OSError: full"}
+    assert len([event for event in events if event.get("cat") == "quantum"]) == 2

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
+import platform
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -158,14 +163,18 @@ def test_the_order_of_samples_does_not_change_the_trajectory_of_pairs(
     assert_same_trajectory(backward, forward)
 
 
+def _tell(event: threading.Event, _: object) -> None:
+    event.set()
+
+
 def test_holds_at_safepoints_change_nothing_at_all(model: Any, mixed: list[Sample]) -> None:
     undisturbed = make_trainer(model, quantum_tokens=60, **ALL_TERMS)
     expected = trajectory(undisturbed, mixed)
 
-    reads = threading.Semaphore(0)
+    has_news = threading.Event()  # of the quantum that runs
 
     def clock() -> float:
-        reads.release()
+        has_news.set()
         return 0.0
 
     safepoints = Safepoints(clock=clock)
@@ -178,14 +187,13 @@ def test_holds_at_safepoints_change_nothing_at_all(model: Any, mixed: list[Sampl
             trainer.begin(mixed)
             report = None
             while trainer.next_quantum() is not None:
+                has_news = threading.Event()
                 safepoints.hold()
                 quantum = pool.submit(trainer.run_quantum)
-                quantum.add_done_callback(lambda _: reads.release())
-                assert reads.acquire(timeout=30)  # it waits at its first safepoint, or has none
+                quantum.add_done_callback(partial(_tell, has_news))
+                assert has_news.wait(60)  # it waits at its first safepoint, or has none
                 safepoints.release()
-                report = quantum.result(timeout=30)
-                while reads.acquire(blocking=False):
-                    pass
+                report = quantum.result(timeout=60)
             assert report is not None
             reports.append(report)
     assert reports == expected
@@ -973,6 +981,83 @@ def test_weights_can_be_taken_while_a_batch_is_under_way(model: Any, pairs: list
         report = trainer.run_quantum()
     assert report == plain.train_batch(pairs)
     assert any(not torch.equal(v, before[n]) for n, v in published(trainer).items())
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def tensor_bytes() -> int:
+    """What all tensors of this process take that Python knows of, each storage once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some objects warn when they are asked for their class
+        storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in _TENSORS]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("settings", [{}, {"average_decay": 0.9}])
+def test_it_knows_what_it_holds_and_lets_go_of_all_of_it(
+    model: Any, mixed: list[Sample], settings: dict[str, Any]
+) -> None:
+    gc.collect()
+    before = tensor_bytes()
+    trainer = make_trainer(model, **settings)
+    lora = sum(value.nbytes for value in lora_of(trainer).values())
+    little = lora // 20  # rotary tables, step counts
+    held = trainer.held_bytes()
+    assert held == (5 + len(settings)) * lora  # weights, gradients, two moments, the initial ones
+    assert held <= tensor_bytes() - before <= held + little
+    trainer.train_batch(mixed)
+    trainer.set_anchor()
+    state = trainer.snapshot()
+    held = trainer.held_bytes(state)
+    assert held == (5 + 2 + 3 + 2 * len(settings)) * lora
+    assert held <= tensor_bytes() - before <= held + little
+    trainer.begin(mixed)
+    trainer.run_quantum()
+    del state
+    trainer.close()
+    assert tensor_bytes() - before <= little  # at once, although its modules are still there
+    assert trainer.next_quantum() is None
+
+
+def test_one_that_finds_no_memory_for_its_optimizer_leaves_nothing_behind(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(_optimizer: Any) -> None:
+        raise torch.OutOfMemoryError("no room for moments")
+
+    gc.collect()
+    before = tensor_bytes()
+    lora = sum(value.nbytes for value in lora_of(make_trainer(model)).values())
+    gc.collect()
+    monkeypatch.setattr(torch.optim.AdamW, "step", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_trainer(model)
+    assert tensor_bytes() - before < lora // 20
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other allocators have nothing that they are told"
+)
+def test_what_it_frees_goes_back_to_the_system(model: Any, mixed: list[Sample]) -> None:
+    process = psutil.Process()
+
+    def make() -> Trainer:
+        trainer = make_trainer(model, lora_rank=2048)
+        trainer.train_batch(mixed)
+        return trainer
+
+    make().close()  # from here on the allocator knows such sizes, and would keep them
+    before = process.memory_info().rss
+    trainer = make()
+    held = trainer.held_bytes()
+    assert held > 40 << 20
+    assert process.memory_info().rss - before > 0.7 * held
+    trainer.close()
+    assert process.memory_info().rss - before < 0.3 * held
 
 
 def pair_references(pair: PreferencePair) -> torch.Tensor:

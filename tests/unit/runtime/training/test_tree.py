@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -215,22 +216,23 @@ def test_safepoints_are_passed_before_every_layer_forward_and_backward() -> None
 
 
 def test_a_held_safepoint_stops_the_training_thread_until_it_is_released() -> None:
-    safepoints = Safepoints()
+    is_waiting = threading.Event()
+
+    def clock() -> float:
+        is_waiting.set()  # who waits reads it first when it begins to
+        return 0.0
+
+    safepoints = Safepoints(clock=clock)
     tree = _tree(tiny_model("llama"), safepoints=safepoints)
-    done = threading.Event()
-
-    def train() -> None:
-        tree.logps(_packed())
-        done.set()
-
     safepoints.hold()
-    thread = threading.Thread(target=train)
-    thread.start()
-    assert not done.wait(0.2)
-    assert safepoints.statistics().waits == 1
-    safepoints.release()
-    assert done.wait(30)
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(tree.logps, _packed())
+        assert is_waiting.wait(60)
+        assert not training.done()
+        assert safepoints.statistics().waiting == safepoints.statistics().waits == 1
+        safepoints.release()
+        training.result(timeout=60)
+    assert safepoints.statistics().waiting == 0
 
 
 @pytest.mark.parametrize("targets", ["lm_head", "q_proj,nothing", "", "self_attn", "embed_tokens"])
