@@ -142,9 +142,14 @@ class KVCacheManager:
         return self._pool.unused_pages
 
     @property
-    def is_growth_limited(self) -> bool:
-        """Whether `limit_growth` keeps pages back now."""
-        return self._pool.is_growth_limited
+    def returned_pages(self) -> int:
+        """Of the available pages, those that were used before and are free."""
+        return self._pool.available_pages - self._pool.unused_pages
+
+    @property
+    def kept_back_pages(self) -> int:
+        """Free pages that `limit_growth` keeps back now."""
+        return self._pool.kept_back_pages
 
     def limit_growth(self, pages: int | None) -> None:
         """Take at most so many pages into use that never were (None: all).

@@ -52,9 +52,9 @@ class PagePool:
         return self.num_pages - self._touched - self._hidden
 
     @property
-    def is_growth_limited(self) -> bool:
-        """Whether there are free pages that may not be handed out now."""
-        return self._hidden > 0
+    def kept_back_pages(self) -> int:
+        """Free pages that may not be handed out now."""
+        return self._hidden
 
     def limit_growth(self, pages: int | None) -> None:
         """From now on hand out at most so many pages that never were before; None: all.

@@ -80,6 +80,7 @@ class Room:
         "_is_alone",
         "_is_lane_busy",
         "_is_slot_wanted",
+        "_keeps_back",
         "_paid",
         "_prefill_token",
         "_prefills",
@@ -87,6 +88,7 @@ class Room:
         "_slots",
         "_training_token",
         "_unit",
+        "_unused",
         "background_tokens",
         "context",
         "decodes",
@@ -106,7 +108,10 @@ class Room:
         found = _survey(seen.running, size)
         self.page_size = size
         self._available = seen.available_pages
-        self._unit, self._bytes, self._paid = _means(seen.available_pages, memory)
+        self._unit, self._bytes = _means(memory)
+        self._paid = memory.returned_pages if memory is not None else 0
+        self._unused = memory.unused_pages if memory is not None else 0
+        self._keeps_back = memory is not None and memory.kept_back_pages > 0
         self.preemptions: tuple[int, ...] = ()
         if found.wanted > (free := self._free_pages()):
             keep, self.preemptions, given_back = _preempt(seen.running, found.wanted, free, size)
@@ -126,7 +131,8 @@ class Room:
         self._headroom = max(0, found.headroom)
         self._seats = min(budgets.sequences, budgets.tokens) - len(seen.running)
         self._is_alone = not seen.running
-        self._is_lane_busy = seen.training is not None and seen.training.running is not None
+        quantum = seen.training.running if seen.training is not None else None
+        self._is_lane_busy = quantum is not None
         self._adapters: set[Hashable] = set(seen.adapters_in_use)
         self._slots = seen.free_adapter_slots
         self._is_slot_wanted = False
@@ -134,6 +140,8 @@ class Room:
         self.is_short = False
         self._prefill_token = memory.prefill_token if memory is not None else 0.0
         self._training_token = memory.training_token if memory is not None else 0.0
+        if quantum is not None and quantum.kind in ("kl", "forward"):
+            self._bytes -= quantum.tokens * self._training_token  # its graph is still growing
         if self._prefill_token:
             self._bytes -= len(self.decodes) * self._prefill_token
         self._has_started = False  # a quantum that takes memory
@@ -155,7 +163,7 @@ class Room:
         if self._prefill_token:
             left = self._bytes
             if is_new and self._unit:
-                left -= max(0, self._asked - self._paid) * self._unit
+                left -= self._new_pages(self._asked) * self._unit
             if tokens * self._prefill_token > left:
                 self.is_short = True
                 fitting = int(max(0.0, left) // self._prefill_token)
@@ -184,7 +192,7 @@ class Room:
             not has_pages or (self._unit and pages > self._free_pages())
         ) and not self._is_last_resort(pages):
             self.is_closed = True
-            self.is_short |= has_pages
+            self.is_short |= has_pages or self._keeps_back
             return False
         adapter = view.adapter
         if adapter is not None and (
@@ -273,7 +281,7 @@ class Room:
 
     def prompt_bytes(self, tokens: int, pages: int) -> float:
         """What a prompt's next `tokens` and so many new pages take of τ_mem."""
-        return tokens * self._prefill_token + max(0, pages - self._paid) * self._unit
+        return tokens * self._prefill_token + self._new_pages(pages) * self._unit
 
     def plan(self, training: TrainingPlan | None = None) -> IterationPlan:
         """What was put into it."""
@@ -291,7 +299,14 @@ class Room:
         """Pages that may be used: those paid for, and those that τ_mem pays for."""
         if not self._unit:
             return self._available
-        return min(self._available, self._paid + int(max(0.0, self._bytes) // self._unit))
+        affordable = int(max(0.0, self._bytes) // self._unit)
+        if affordable >= self._unused:
+            return self._available  # also those of prefixes, which are taken last
+        return min(self._available, self._paid + affordable)
+
+    def _new_pages(self, pages: int) -> int:
+        """Of the next so many pages, those that take memory."""
+        return min(max(0, pages - self._paid), self._unused)
 
     def _is_last_resort(self, pages: int) -> bool:
         """Whether a sequence starts although it does not fit: nothing else can move on."""
@@ -300,11 +315,11 @@ class Room:
         return pages > self._available or not self._is_lane_busy
 
     def _take_pages(self, pages: int) -> None:
+        new = self._new_pages(pages)
         self._available -= pages
-        self._paid -= pages
-        if self._unit and self._paid < 0:
-            self._bytes += self._paid * self._unit
-            self._paid = 0
+        self._paid = max(0, self._paid - pages)
+        self._unused -= new
+        self._bytes -= new * self._unit
 
 
 class _Survey(NamedTuple):
@@ -347,14 +362,12 @@ def _survey(running: Iterable[RunningView], size: int) -> _Survey:
     return _Survey(decodes, unfinished, context, due_s, wanted, headroom, is_awaited)
 
 
-def _means(available: int, memory: MemoryView | None) -> tuple[int, float, int]:
-    """Bytes per new page (0: they cost nothing), bytes that may be taken, pages paid for."""
+def _means(memory: MemoryView | None) -> tuple[int, float]:
+    """Bytes per new page (0: they cost nothing), and bytes that may be taken."""
     if memory is None:
-        return 0, math.inf, available
-    allowed = float(max(0, memory.threshold))
-    if memory.page <= 0 or memory.unused_pages <= 0:
-        return 0, allowed, available
-    return memory.page, allowed, max(0, available - memory.unused_pages)
+        return 0, math.inf
+    page = memory.page if memory.unused_pages > 0 else 0
+    return page, float(max(0, memory.threshold))
 
 
 def _preempt(

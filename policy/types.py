@@ -123,6 +123,11 @@ class MemoryView(NamedTuple):
     """What each row of a training quantum takes while its graph lives, as measured."""
     prefill_token: float = 0.0
     """What each token of an iteration takes while it runs, as measured."""
+    returned_pages: int = 0
+    """Of the available pages, those that were used and are free again: taken first, for nothing.
+    Those of prefixes that are kept are taken last."""
+    kept_back_pages: int = 0
+    """Free pages that are not among the available ones, for want of memory."""
 
 
 QuantumKind: TypeAlias = Literal["kl", "forward", "backward", "step"]

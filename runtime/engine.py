@@ -461,6 +461,7 @@ class Engine:
     def _decide(self) -> Decision:
         """What to do next: as was decided ahead, if all came as expected."""
         ahead, self._ahead = self._ahead, None
+        self._scheduler.watch_memory(len(self._running))
         if (
             ahead is not None
             and self._decided_at_change == self._changes

@@ -50,8 +50,12 @@ class GrowingCache(Protocol):
         """Of the available pages, those that were never used."""
 
     @property
-    def is_growth_limited(self) -> bool:
-        """Whether pages are kept back."""
+    def returned_pages(self) -> int:
+        """Of the available pages, those that were used before and are free."""
+
+    @property
+    def kept_back_pages(self) -> int:
+        """Free pages that may not be taken now."""
 
     def limit_growth(self, pages: int | None) -> None:
         """Take at most so many pages into use that never were (None: all)."""
@@ -105,7 +109,7 @@ class MemoryWatch:
     @property
     def is_short(self) -> bool:
         """Whether sequences may have to wait for memory."""
-        return self.threshold <= 0 or self._cache.is_growth_limited
+        return self.threshold <= 0 or self._cache.kept_back_pages > 0
 
     @property
     def training_token(self) -> float:
@@ -147,6 +151,8 @@ class MemoryWatch:
             self._cache.unused_pages if needs.page else 0,
             needs.training_token,
             needs.prefill_token,
+            self._cache.returned_pages if needs.page else 0,
+            self._cache.kept_back_pages,
         )
 
     def _refresh(self, now_s: float, running: int) -> None:

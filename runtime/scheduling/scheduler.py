@@ -45,7 +45,8 @@ REVIEW_INTERVAL_S = 0.5
 STARVED_S = 2.0
 """A decision that left requests waiting for memory stands for this long, unless another follows."""
 AHEAD_TOLERANCE = 0.1
-"""A decision made ahead is dropped where it comes too late by this share of the TBT target."""
+"""A decision made ahead is dropped where it comes too late by this share of the TBT target, or
+this share of τ_mem has gone meanwhile."""
 OVERHEAD_RATE = 0.05
 """How fast the time that planning and committing take is learned: a share per iteration."""
 
@@ -119,6 +120,7 @@ class Scheduler:
         self._shape = IterationShape()
         self._predicted_s: float | None = None
         self._started: str | None = None
+        self._is_paused = False  # serving, for training; it may be decided again and again
         self._handed_s = 0.0
         self._overhead_s = 0.0
         self._is_stale = False
@@ -234,14 +236,20 @@ class Scheduler:
         return Decision(plan, observation, began_s, seconds, self._changes, ahead_s is not None)
 
     def still_holds(self, decision: Decision) -> bool:
-        """Whether a decision made ahead is of now: it is not much later, and training is as it was.
+        """Whether a decision made ahead is of now: not much later, training is as it was, and there
+        is not much less memory; see `watch_memory`.
 
         Earlier is fine: there is more time than it was made for.
         """
-        late_s = self._clock() - decision.observation.now_s
+        seen = decision.observation
+        late_s = self._clock() - seen.now_s
         tbt_s = self.budgets.tbt_s
         allowed_s = AHEAD_TOLERANCE * tbt_s if tbt_s < math.inf else math.inf
-        return decision.changes == self._changes and late_s <= allowed_s
+        is_shorter = False
+        if self._memory is not None and seen.memory is not None:
+            before = seen.memory.threshold
+            is_shorter = before - self._memory.threshold > AHEAD_TOLERANCE * max(0, before)
+        return decision.changes == self._changes and late_s <= allowed_s and not is_shorter
 
     def adopt(self, decision: Decision) -> IterationPlan:
         """This is what happens next."""
@@ -272,8 +280,10 @@ class Scheduler:
         if training.hold and not has_steps:
             training = training._replace(hold=False)
         self._started = desk.carry_out(training)
-        if plan.is_pause and desk.is_busy:
+        is_pause = plan.is_pause and desk.is_busy
+        if is_pause and not self._is_paused:
             self.timeline.pause()
+        self._is_paused = is_pause
         return desk.is_busy
 
     def start_early(self, decision: Decision) -> None:
@@ -398,7 +408,10 @@ class Scheduler:
         predicted_s = costs.quantum_s(outcome.kind, outcome.tokens)
         if span_s > 0.0:
             serving_s = self._serving.total_s(now_s) - self._serving_before_s
-            beside = min(1.0, serving_s / span_s)
+            # While it is held, an iteration runs beside it; then it does not run.
+            ran_s = span_s - outcome.held_s
+            beside_s = min(max(0.0, serving_s - outcome.held_s), ran_s)
+            beside = beside_s / ran_s if ran_s > 0.0 else 0.0
             predicted_s *= 1.0 + beside * (costs.quantum_interference - 1.0)
             if outcome.error is None and not outcome.out_of_memories:
                 self._costs.observe_quantum(

@@ -355,7 +355,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert now.free_pages == self.num_pages - now.owned_pages - now.cached_pages
         assert self.cache.available_pages == now.free_pages + now.cached_pages - self.kept_back
         assert self.cache.unused_pages == self.num_pages - len(self.used) - self.kept_back
-        assert self.cache.is_growth_limited == (self.kept_back > 0)
+        assert self.cache.kept_back_pages == self.kept_back
         assert now.evicted_pages == self.evicted
 
     @invariant()

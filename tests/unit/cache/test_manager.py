@@ -221,7 +221,7 @@ def test_where_growth_is_limited_kept_prefixes_go_before_new_pages() -> None:
     cache = KVCacheManager(8, PAGE)
     cache.close(compute(cache, tokens(0, 13)))  # three full pages are kept, the fourth is free
     cache.limit_growth(1)
-    assert cache.is_growth_limited
+    assert cache.kept_back_pages > 0
     assert (cache.available_pages, cache.unused_pages) == (5, 1)
     seq = cache.open(BASE, tokens(50, 4))
     assert cache.reserve(seq, 2 * PAGE)
@@ -232,7 +232,7 @@ def test_where_growth_is_limited_kept_prefixes_go_before_new_pages() -> None:
     assert cache.look_up(BASE, tokens(0, 13)).tokens == 4
     assert not cache.reserve(seq, 6 * PAGE)
     cache.limit_growth(None)
-    assert not cache.is_growth_limited
+    assert cache.kept_back_pages == 0
     assert cache.reserve(seq, 6 * PAGE)
     assert cache.statistics().evicted_pages == 2
     cache.check_integrity()

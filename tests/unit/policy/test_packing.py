@@ -46,12 +46,32 @@ def offer(kind: str = "forward", tokens: int = 100) -> TrainingOffer:
 
 def test_pages_that_were_never_used_take_memory_and_others_do_not() -> None:
     queue = (waiting(1, 8), waiting(2, 8))
-    paid = MemoryView(0, 1000, 50, unused_pages=96)
+    paid = MemoryView(0, 1000, 50, unused_pages=96, returned_pages=4)
     assert len(pack_in_order(seen(waiting=queue, memory=paid)).plan().admissions) == 2
-    short = paid._replace(unused_pages=98)
+    short = paid._replace(unused_pages=98, returned_pages=2)
     assert len(pack_in_order(seen(waiting=queue, memory=short)).plan().admissions) == 1
     bought = short._replace(threshold=100)
     assert len(pack_in_order(seen(waiting=queue, memory=bought)).plan().admissions) == 2
+
+
+def test_pages_of_kept_prefixes_are_no_substitute_for_those_that_take_memory() -> None:
+    """They are evicted last, so what seems to be free of charge there is taken from new pages."""
+    memory = MemoryView(100, 1000, 50, unused_pages=3, training_token=10.0)  # and 97 are cached
+    room = pack_in_order(seen(waiting=(waiting(1, 8),), memory=memory))  # two pages
+    assert room.training_bytes == 0.0
+    room = pack_in_order(seen(waiting=(waiting(1, 40),), memory=memory._replace(threshold=170)))
+    assert room.training_bytes == 20.0  # ten pages, of which three are new
+
+
+def test_what_is_on_the_lane_still_takes_its_memory() -> None:
+    memory = MemoryView(1000, 10_000, 0, 0, training_token=1.0, prefill_token=10.0)
+    quantum = RunningQuantum(0, "forward", 900, 0.0, is_held=False)
+    state = seen(waiting=(waiting(1, 40),), memory=memory)
+    assert pack_in_order(state).plan().tokens == 40
+    busy = state._replace(training=TrainingView((), quantum))
+    assert pack_in_order(busy).plan().tokens == 10
+    ending = state._replace(training=TrainingView((), quantum._replace(kind="backward")))
+    assert pack_in_order(ending).plan().tokens == 40
 
 
 def test_running_sequences_give_way_when_their_growth_is_not_paid_for() -> None:

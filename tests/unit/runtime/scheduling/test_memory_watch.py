@@ -84,7 +84,9 @@ def scene() -> Scene:
 def test_a_policy_sees_what_is_free_less_the_margin(scene: Scene) -> None:
     scene = Scene(training_token=3.0, prefill_token=2.0)
     scene.device.free, scene.device.unused = 500, 100
-    assert look(scene.watch, 0.0, 0) == MemoryView(600 - MARGIN, TOTAL, PAGE, 56, 3.0, 2.0)
+    assert look(scene.watch, 0.0, 0) == MemoryView(
+        600 - MARGIN, TOTAL, PAGE, 56, 3.0, 2.0, returned_pages=0, kept_back_pages=8
+    )
     assert scene.watch.threshold == 560
 
 
@@ -199,18 +201,18 @@ def test_a_look_beside_the_iterations_leaves_the_cache_as_it_is(scene: Scene) ->
     watch = scene.watch
     scene.device.free = MARGIN + 64 * PAGE
     watch.update(10.0, 2)
-    assert not scene.cache.is_growth_limited
+    assert scene.cache.kept_back_pages == 0
     scene.device.free = MARGIN - 5
     assert watch.look(10.01) == -5
     assert watch.threshold == -5
-    assert not scene.cache.is_growth_limited
+    assert scene.cache.kept_back_pages == 0
     assert scene.device.reads == 2
     scene.device.free = 0
     watch.look(10.02)
     assert scene.near_misses == watch.near_misses == 1
     look(watch, 10.0 + READ_INTERVAL_S, 2)  # the iterations' own reading is as often as ever
     assert scene.device.reads == 4
-    assert scene.cache.is_growth_limited
+    assert scene.cache.kept_back_pages > 0
 
 
 # -- what trainers hold --------------------------------------------------------------------------

@@ -368,6 +368,19 @@ async def test_a_decision_made_ahead_falls_when_training_changes(scene: Scene) -
         training.task.cancel()
 
 
+@pytest.mark.parametrize(
+    ("free_bytes", "holds"), [(500, True), (460, True), (440, False), (0, False)]
+)
+def test_a_decision_made_ahead_falls_when_memory_has_gone(free_bytes: int, holds: bool) -> None:
+    scene = Scene(memory=True)
+    scene.scheduler.watch_memory(0)
+    decision = decide_ahead(scene, 4.0)  # on 460 bytes, of which a tenth may go
+    scene.clock.now_s += 4.0
+    scene.free_bytes = free_bytes
+    scene.scheduler.watch_memory(0)
+    assert scene.scheduler.still_holds(decision) is holds
+
+
 @pytest.mark.parametrize("under_way", ["nothing", "to train beside", "to hold"])
 async def test_a_quantum_starts_early_beside_an_iteration_that_training_may_run_beside(
     scene: Scene, under_way: str
@@ -467,6 +480,22 @@ async def test_a_quantums_time_is_that_in_which_it_was_not_held(scene: Scene) ->
     assert (statistics.held_s, statistics.rows, statistics.quanta) == (3.0, 8, {"forward": 1})
 
 
+async def test_a_quantum_that_is_held_does_not_run_beside_an_iteration(scene: Scene) -> None:
+    async with supervised(scene.lane) as group:
+        training = Training(scene, FakeTrainer(), group)
+        await training.offer()
+        training.carry_out(TrainingPlan(start=training.key))
+        await settle()
+        scene.clock.now_s = 101.0
+        scene.adopt()
+        assert training.carry_out(TrainingPlan(hold=True))
+        scene.scheduler.begin_iteration([DECODE])
+        scene.clock.now_s = 110.0
+        scene.scheduler.end_iteration(110.0)
+        await training.finish()
+    assert scene.costs.quanta == [("forward", 40, 1.0, 0.0)]
+
+
 async def test_without_an_iteration_nothing_is_held(scene: Scene) -> None:
     async with supervised(scene.lane) as group:
         training = Training(scene, FakeTrainer(), group)
@@ -488,7 +517,8 @@ async def test_only_a_pause_that_has_a_quantum_is_counted_as_one(scene: Scene) -
         await training.offer()
         begins = IterationPlan(training=TrainingPlan(start=training.key), is_pause=True)
         assert scene.scheduler.start_training(begins, has_steps=False)
-        assert scene.scheduler.statistics().pauses == 1
+        assert scene.scheduler.start_training(pause, has_steps=False)
+        assert scene.scheduler.statistics().pauses == 1, "it is the same one, decided again"
         await training.finish()
 
 
