@@ -87,6 +87,7 @@ class Costs(NamedTuple):
 
     def iteration_s(self, shape: IterationShape, *, beside_training: bool = False) -> float:
         """Expected seconds of an iteration; times `margin` it holds nearly always."""
+        # The first six of self times `iteration_features(shape)`, written out: asked the most.
         seconds = (
             self.base_s
             + self.per_decode_s * shape.decodes
@@ -117,7 +118,8 @@ class Costs(NamedTuple):
         """Most prompt tokens, of a sequence that has `context` tokens, that fit beside `shape`.
 
         Solves the quadratic in the chunk's length: `iteration_s` of the shape with that chunk is
-        `seconds` at most. 0 where not one fits, `UNBOUNDED` where tokens cost nothing.
+        `seconds` at most. 0 where not one fits, `UNBOUNDED` where tokens cost nothing or `seconds`
+        is infinite.
         """
         if beside_training:
             seconds /= self.interference
@@ -125,11 +127,11 @@ class Costs(NamedTuple):
         if left_s <= 0.0:
             return 0
         linear = self.per_token_s + self.per_attention_s * (context + 0.5)
-        if linear <= 0.0:
+        if linear <= 0.0 or left_s == math.inf:
             return UNBOUNDED
         # In this form nothing cancels where attention costs next to nothing.
         root = math.sqrt(linear * linear + 2.0 * self.per_attention_s * left_s)
-        return min(int(2.0 * left_s / (linear + root)), UNBOUNDED)
+        return int(min(2.0 * left_s / (linear + root), UNBOUNDED))
 
     def quantum_tokens_within(
         self, seconds: float, kind: str, *, beside_serving: bool = False
@@ -146,7 +148,7 @@ class Costs(NamedTuple):
         if left_s <= 0.0:
             return 0
         row_s = self.per_row_s[_ROWS[kind]]
-        return min(int(left_s / row_s), UNBOUNDED) if row_s > 0.0 else UNBOUNDED
+        return int(min(left_s / row_s, UNBOUNDED)) if row_s > 0.0 else UNBOUNDED
 
 
 QUANTUM_ROWS = ("kl", "forward", "backward")
@@ -168,7 +170,8 @@ class CostReport:
         interference, quantum_interference: see `Costs`.
         is_stale: whether recent work takes 1.9 times what the profile says, or 1 / 1.9 of it: the
             device is shared, throttled, or not the one that was profiled.
-        slowdown: seconds now as a multiple of the profile's; 1.0 as long as it holds.
+        slowdown: median of recent seconds over what the profile says; 1.0 without a profile, and
+            until a shift was found or `is_stale`.
         shifts: how often the device was found to have changed its speed.
     """
 
@@ -334,7 +337,7 @@ class CostModel:
             interference=iterations.interference,
             quantum_interference=quanta.interference,
             is_stale=iterations.is_stale,
-            slowdown=iterations.speed,
+            slowdown=iterations.slowdown,
             shifts=iterations.shifts,
         )
 

@@ -12,9 +12,11 @@ was, clipped at zero, so no cost is ever negative.
     ───────────────────────   ──────────────────────────────────────────────────────────────────
     one slow iteration        an error is clipped at three times the usual one, unless it is the
     (a page fault)            fourth in a row on the same side
-    the device gets slower    the median of the recent ratios to the reference says by how much: the
-    (throttled, shared)       fit starts anew from the reference times that, for all work, also of
-                              kinds that were not seen since
+    the device gets slower    the median of the recent ratios to the reference (the profile, later
+    (throttled, shared)       θ of a while ago) says by how much: the fit starts anew from the
+                              reference times that, for all work, also of kinds not seen since
+    another kind of work      it is learned, and not compared: the reference says nothing of the
+    (prompts after decodes)   device where it rests on no work like it
     training beside it        a factor of its own, learned from overlapped work; that work teaches θ
                               little, and nothing until the factor is known
 
@@ -44,8 +46,12 @@ _TYPICAL_ERROR = (0.02, 0.1)  # least, and at the start; of log(seconds / predic
 _CLIP = 3.0
 _STREAK = 4
 _RECENT = 24  # observations that decide whether the reference still holds
-_REFERENCE_AFTER = 64  # observations after which a fit without a reference has one
+_NEWEST = _RECENT // 3  # of these, the ones that say how fast the device is now
+_REFERENCE_AFTER = 64  # observations without a shift after which θ is the reference
 _SHIFT_LOG = math.log(1.5)
+_LEVERAGE = 1.0  # of work that is compared at most: the reference rests on one like it at least
+_STRETCH = 0.25  # how far features may part that always came together, as a share of them
+_UNSEEN = 1e-9  # in the place of 0, to be inverted
 # A profile is measured with warm caches and nothing beside it: live, the event loop's own work
 # makes short iterations take up to 1.7 times as long, which is no news.
 _STALE_LOG = math.log(1.9)
@@ -98,6 +104,53 @@ class Window:
         self._ordered.clear()
 
 
+class _Reference:
+    """θ as it was when the device last had a known speed, and the work that θ rests on.
+
+    Work of a kind that it does not rest on may take any multiple of what it says, whatever the
+    device does. Other work has a small leverage x C⁻¹ x, where x = z / seconds and C is the sum of
+    x xᵀ over the work that it rests on.
+
+    Args:
+        theta: seconds per scaled feature.
+        support: C; None for a profile, which is taken to hold for all work.
+        count: pieces of work in C.
+
+    Attributes:
+        theta: as given.
+        rests_on: of each feature, whether any of that work had it.
+    """
+
+    __slots__ = ("_spread", "rests_on", "theta")
+
+    def __init__(
+        self, theta: list[float], support: list[list[float]] | None = None, count: int = 0
+    ) -> None:
+        self.theta = theta
+        self.rests_on = [True] * len(theta)
+        self._spread: list[list[float]] | None = None
+        if support is not None:
+            self.rests_on = [row[index] > 0.0 for index, row in enumerate(support)]
+            # C alone cannot be inverted where features always came together (8 decodes of 256
+            # tokens each, and nothing else).
+            ridge = 1.0 + _STRETCH * _STRETCH / max(count, 1)
+            padded = [list(row) for row in support]
+            for index, row in enumerate(padded):
+                row[index] = ridge * row[index] or _UNSEEN
+            self._spread = _inverse(padded)
+
+    def log_ratio(self, z: list[float], seconds: float) -> float | None:
+        """log(seconds / expected); None where that says nothing of the device."""
+        expected = sum(map(mul, z, self.theta))
+        if expected <= 0.0:
+            return None
+        if self._spread is not None:
+            image = [sum(map(mul, row, z)) for row in self._spread]
+            if sum(map(mul, image, z)) > _LEVERAGE * expected * expected:
+                return None
+        return math.log(seconds / expected)
+
+
 class LatencyFit:
     """Owns θ, the interference and the record of errors of one kind of work.
 
@@ -114,7 +167,6 @@ class LatencyFit:
         typical_error: of log(seconds / predicted), now.
         interference: the factor while other work runs beside it all the time.
         shifts: how often the device was found to have changed its speed.
-        speed: seconds now as a multiple of the reference's; 1.0 until a shift was found.
         is_stale: whether recent work takes 1.9 times the profile's seconds or more, or 1 / 1.9
             or less. Always False without a profile.
     """
@@ -124,25 +176,27 @@ class LatencyFit:
         "_b",
         "_coefficients",
         "_errors",
-        "_has_profile",
         "_history",
         "_inverse",
         "_knows_all",
         "_last_side",
         "_margin",
         "_overlapped",
-        "_ratios",
+        "_profile",
+        "_profile_ratios",
         "_reference",
+        "_reference_age",
+        "_reference_ratios",
         "_seeds",
-        "_shift_at",
         "_signed",
         "_streak",
+        "_support",
+        "_supporting",
         "_theta",
         "interference",
         "is_stale",
         "observations",
         "shifts",
-        "speed",
         "typical_error",
     )
 
@@ -158,15 +212,15 @@ class LatencyFit:
         count = len(scales)
         self._inverse = [1.0 / scale for scale in scales]
         self._seeds = [list(map(mul, seed, self._inverse)) for seed in seeds]
-        self._reference: list[float] | None = None
+        self._profile: _Reference | None = None
+        self._reference: _Reference | None = None
         self._a = [[0.0] * count for _ in range(count)]
         self._b = [0.0] * count
         self._theta = [0.0] * count
         self._coefficients: tuple[float, ...] | None = None
         if believed is not None:
-            self._reference = list(map(mul, believed, scales))
-            self._start_from(self._reference)
-        self._has_profile = believed is not None
+            self._profile = self._reference = _Reference(list(map(mul, believed, scales)))
+            self._start_from(self._profile.theta, [True] * count)
         self._knows_all = False
         self.observations = 0
         self.typical_error = _TYPICAL_ERROR[1]
@@ -175,13 +229,15 @@ class LatencyFit:
         self._margin = margin
         self._errors: deque[float] = deque(maxlen=WINDOW)  # log(seconds / predicted)
         self._signed = Window()  # the same since the last shift
-        self._ratios = Window(_RECENT)  # log(seconds / reference)
+        self._profile_ratios = _ratios()  # to the profile, of all work
+        self._reference_ratios = _ratios()  # to the reference, of the work that it rests on
+        self._reference_age = 0  # observations
         self._history: deque[tuple[list[float], float]] = deque(maxlen=_RECENT)
+        self._support = [[0.0] * count for _ in range(count)]  # see `_Reference`; of θ as it is
+        self._supporting = 0
         self._streak = 0
         self._last_side = False
-        self._shift_at = 0
         self.shifts = 0
-        self.speed = 1.0
         self.is_stale = False
 
     # -- what is known -----------------------------------------------------------------------------
@@ -204,6 +260,16 @@ class LatencyFit:
     def bias(self) -> float:
         """Median of seconds over prediction, less 1: above 0, work takes longer than predicted."""
         return math.expm1(self._signed.quantile(0.5))
+
+    @property
+    def slowdown(self) -> float:
+        """Median of recent seconds over the profile's.
+
+        1.0 until the profile was found not to hold, and without one.
+        """
+        if not (self.shifts or self.is_stale):
+            return 1.0
+        return math.exp(self._profile_ratios.quantile(0.5))
 
     def error(self, share: float) -> float:
         """Relative error that `share` of the recent predictions did not exceed.
@@ -247,7 +313,7 @@ class LatencyFit:
         if beside > 0.0:
             self._learn_interference(seconds / alone, beside)
         if is_plain or beside < _LEVEL_OVERLAP:
-            self._compare(z, seconds / factor)
+            self._compare(z, seconds / factor, error)
 
     def _is_new(self, z: list[float]) -> bool:
         """Whether it holds something of which nothing is known."""
@@ -271,7 +337,7 @@ class LatencyFit:
         self.typical_error = max(self.typical_error, _TYPICAL_ERROR[0])
         if size <= limit:
             self._learn(z, seconds, predicted, trust)
-        elif self._streak >= _STREAK or (not self._has_profile and self.observations <= _FEW):
+        elif self._streak >= _STREAK or (self._profile is None and self.observations <= _FEW):
             self._learn(z, seconds, seconds, trust)
         else:
             clipped = predicted * math.exp(limit if side else -limit)
@@ -310,48 +376,96 @@ class LatencyFit:
 
     # -- the device changes ------------------------------------------------------------------------
 
-    def _compare(self, z: list[float], seconds: float) -> None:
-        """Hold the reference against what was observed; begin anew where it is far off."""
-        self._history.append((z, seconds))
-        if self._reference is None:
-            if self.observations >= _REFERENCE_AFTER:
-                self._reference = list(self._theta)
-            return
-        expected = sum(map(mul, z, self._reference))
-        if expected <= 0.0:
-            return
-        self._ratios.add(math.log(seconds / expected))
-        if len(self._ratios) < _RECENT:
-            return
-        middle = self._ratios.quantile(0.5)
-        if self._has_profile:
-            self.is_stale = abs(middle) > (_FRESH_LOG if self.is_stale else _STALE_LOG)
-        if (
-            abs(middle - math.log(self.speed)) > _SHIFT_LOG
-            and self.observations - self._shift_at > _RECENT // 2
-        ):
-            newest = sorted(self._ratios.last(_RECENT // 3))
-            self._shift(math.exp(newest[len(newest) // 2]))
+    def _compare(self, z: list[float], seconds: float, error: float) -> None:
+        """Hold what was expected against what was observed; begin anew where it is far off.
 
-    def _shift(self, speed: float) -> None:
-        """The device is `speed` times as slow as the reference: all that is known follows."""
-        assert self._reference is not None
-        self.speed = speed
+        Args:
+            z: what the work held, scaled.
+            seconds: what it took, or would have with nothing beside it.
+            error: log(seconds / predicted).
+        """
+        self._history.append((z, seconds))
+        if self._profile is not None:
+            self._compare_profile(self._profile, z, seconds)
+        if abs(error) <= _SHIFT_LOG:
+            self._rest_on(z, seconds)
+        self._reference_age += 1
+        reference = self._reference
+        ratio = None if reference is None else reference.log_ratio(z, seconds)
+        if ratio is not None:
+            self._reference_ratios.add(ratio)
+        is_off = abs(self._reference_ratios.quantile(0.5)) > _SHIFT_LOG
+        if not is_off and self._reference_age < _REFERENCE_AFTER:
+            return
+        newest = _median(self._reference_ratios.last(_NEWEST))
+        if abs(newest) <= _SHIFT_LOG:
+            # Only now: in the midst of a change θ is neither what it was nor what it will be.
+            if self._reference_age >= _REFERENCE_AFTER:
+                self._refer_to(self._theta)
+        elif is_off and reference is not None:
+            self._shift(reference, newest)
+
+    def _compare_profile(self, profile: _Reference, z: list[float], seconds: float) -> None:
+        """Find out whether the profile holds here."""
+        ratio = profile.log_ratio(z, seconds)
+        if ratio is not None:
+            self._profile_ratios.add(ratio)
+            off = abs(self._profile_ratios.quantile(0.5))
+            self.is_stale = off > (_FRESH_LOG if self.is_stale else _STALE_LOG)
+
+    def _rest_on(self, z: list[float], seconds: float) -> None:
+        """θ foretold what this took, about: it may be held against more of the same."""
+        x = [value / seconds for value in z]
+        for index, value in enumerate(x):
+            if value:
+                row = self._support[index]
+                self._support[index] = [
+                    entry + value * other for entry, other in zip(row, x, strict=True)
+                ]
+        self._supporting += 1
+
+    def _refer_to(self, theta: list[float]) -> None:
+        """From now on, what says how fast the device is; for recent work as well."""
+        self._reference = _Reference(list(theta), self._support, self._supporting)
+        self._reference_age = 0
+        self._reference_ratios = _ratios()
+        for z, seconds in self._history:
+            ratio = self._reference.log_ratio(z, seconds)
+            if ratio is not None:
+                self._reference_ratios.add(ratio)
+
+    def _shift(self, reference: _Reference, log_factor: float) -> None:
+        """The device has become slower than the reference, or faster: all that is known follows."""
         self.shifts += 1
-        self._shift_at = self.observations
         self._signed.clear()
         self._margin = max(self._margin, math.exp(2.0 * self.typical_error))
         self._overlapped = min(self._overlapped, _STREAK)  # it may have taken the blame: again
-        self._start_from([value * speed for value in self._reference])
+        factor = math.exp(log_factor)
+        theta = [
+            factor * (then if is_known else now)
+            for then, now, is_known in zip(
+                reference.theta, self._theta, reference.rests_on, strict=True
+            )
+        ]
+        self._start_from(theta, [row[index] > 0.0 for index, row in enumerate(self._a)])
+        # Only the work that shows this speed is compared to find the next shift. If it was one kind
+        # of work that changed and not the device, the other kinds are learned anew in peace.
+        self._support = [[0.0] * len(theta) for _ in theta]
+        self._supporting = 0
+        for z, seconds in self._history:
+            expected = sum(map(mul, z, theta))
+            if expected > 0.0 and abs(math.log(seconds / expected)) <= _SHIFT_LOG:
+                self._rest_on(z, seconds)
+        self._refer_to(theta)
         limit = _CLIP * _TYPICAL_ERROR[1]
-        for z, seconds in list(self._history)[-(_RECENT // 3) :]:
+        for z, seconds in list(self._history)[-_NEWEST:]:
             expected = sum(map(mul, z, self._theta))
             if expected > 0.0:
                 error = min(max(math.log(seconds / expected), -limit), limit)
                 self._learn(z, expected * math.exp(error), expected, 1.0)
 
-    def _start_from(self, theta: list[float]) -> None:
-        """Believe `theta` at the seeds, and nothing else."""
+    def _start_from(self, theta: list[float], is_known: list[bool]) -> None:
+        """Believe `theta` at the seeds that hold nothing unknown, and nothing else."""
         count = len(theta)
         self._theta = list(theta)
         self._coefficients = None
@@ -359,7 +473,7 @@ class LatencyFit:
         self._b = [0.0] * count
         for z in self._seeds:
             seconds = sum(map(mul, z, theta))
-            if seconds <= 0.0:
+            if seconds <= 0.0 or any(v and not known for v, known in zip(z, is_known, strict=True)):
                 continue
             weight = SEED_WEIGHT / (seconds * seconds)
             for index, value in enumerate(z):
@@ -368,6 +482,31 @@ class LatencyFit:
                     for other, entry in enumerate(z):
                         row[other] += weight * value * entry
                     self._b[index] += weight * seconds * value
+
+
+def _ratios() -> Window:
+    """Logarithms of ratios: until there are enough, as if work had taken what was expected."""
+    window = Window(_RECENT)
+    for _ in range(_RECENT):
+        window.add(0.0)
+    return window
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _inverse(matrix: list[list[float]]) -> list[list[float]]:
+    """Of a symmetric, positive definite matrix, by Gauss-Jordan elimination without pivoting."""
+    a = [list(row) for row in matrix]
+    for k in range(len(a)):
+        pivot, a[k][k] = a[k][k], 1.0
+        a[k] = [value / pivot for value in a[k]]
+        for index, row in enumerate(a):
+            if index != k:
+                share, row[k] = row[k], 0.0
+                a[index] = [x - share * y for x, y in zip(row, a[k], strict=True)]
+    return a
 
 
 def solve_least_squares(

@@ -62,7 +62,7 @@ class SampleHistory(NamedTuple):
         left = max(0.0, left)
         if not self.visits:
             return SampleHistory(1, left, left, self.belief)
-        fall = (self.first - left) / (EXPECTED_FALL * self.first) if self.first > 0.0 else 0.0
+        fall = (1.0 - left / self.first) / EXPECTED_FALL if self.first > 0.0 else 0.0
         belief = self.belief + BELIEF_RATE * (min(1.0, max(0.0, fall)) - self.belief)
         return SampleHistory(self.visits + 1, self.first, left, belief)
 

@@ -39,6 +39,8 @@ from .latency_fit import solve_least_squares
 FORMAT = 1
 """Of the file. One that says otherwise is refused."""
 
+_MOST = 2**63 - 1
+"""A count above it is none: it could not be computed with."""
 _REMEDY = "measure again with `cotune profile`"
 
 
@@ -178,6 +180,11 @@ class Profile:
             for point in self.points
         )
 
+    @property
+    def knows_prefill(self) -> bool:
+        """Whether there is prefill behind its costs; else prompts look free."""
+        return self.is_estimated or any(point.shape.prefill_tokens for point in self.points)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         costs = self.costs._asdict()
@@ -293,7 +300,7 @@ def _point(value: object, where: str) -> IterationPoint:
     shape = _sequence(data.get("shape"), f"{where}.shape")
     if len(shape) != len(IterationShape._fields) or not all(map(_is_count, shape)):
         raise ProfileError(
-            f"{where}.shape", f"is {shape!r}, not {len(IterationShape._fields)} counts"
+            f"{where}.shape", f"is {_show(shape)}, not {len(IterationShape._fields)} counts"
         )
     return IterationPoint(shape=IterationShape(*shape), seconds=_seconds(data, where))
 
@@ -331,9 +338,13 @@ def _number(data: Mapping[str, Any], where: str, name: str) -> float:
     value = data.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ProfileError(_path(where, name), f"is {_show(value)}, not a number")
-    if not math.isfinite(value) or value < 0:
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ProfileError(_path(where, name), "is an integer beyond all numbers") from error
+    if not math.isfinite(number) or number < 0:
         raise ProfileError(_path(where, name), f"is {_show(value)}, not a number from 0 up")
-    return float(value)
+    return number
 
 
 def _seconds(data: Mapping[str, Any], where: str) -> float:
@@ -352,7 +363,7 @@ def _count(data: Mapping[str, Any], where: str, name: str) -> int:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def _path(where: str, name: str) -> str:

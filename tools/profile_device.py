@@ -9,13 +9,13 @@ then begins with it.
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import ConfigError, StorageError
 from .options import add_general_arguments, add_runtime_arguments, loop_factory, runtime_config
+from .progress_bar import progress_bar
 
 if TYPE_CHECKING:
     import argparse
@@ -105,7 +105,11 @@ async def _profile(args: argparse.Namespace, config: RuntimeConfig, output: Path
         else:
             effort = THOROUGH if args.thorough else STANDARD
             profile = await _measure(config, loaded, lane, training_lane, key, effort, args.note)
-            saved = await asyncio.to_thread(profiles.save, profile)
+            saved = None
+            if profile.knows_prefill:
+                saved = await asyncio.to_thread(profiles.save, profile)
+            else:
+                print("not kept: too few prompts could be measured in time")
             if saved is not None:
                 instead = " in the place of the one before" if kept is not None else ""
                 print(f"kept in {saved}{instead}; the next start begins with it")
@@ -203,18 +207,12 @@ def _write(profile: Profile, path: Path) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
+def _progress() -> Iterator[Progress]:
+    """A bar, and what is measured now."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
 
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield None
-        return
     columns = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+    with progress_bar(*columns, TextColumn("{task.description}")) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, total: int, what: str) -> None:

@@ -5,7 +5,8 @@
 Iterations are synthetic: any token, on any pages, so they run where no request does: before the
 engine starts, or in a process of their own. Each kind of iteration is timed as the engine times
 its own, from handing it to the lane until its result is there. One run of each does not count (the
-first of a shape makes its buffers and primitives); of the others the lower quartile does, for
+first of a shape makes its buffers and primitives), nor does the first of all, which may take
+seconds, count against the budget; of the others the lower quartile does, for
 whatever else the machine is busy with only ever adds. How far they scatter is the margin.
 
     kind            decodes x context, chunks of tokens after context
@@ -96,8 +97,8 @@ class Effort:
 
     Attributes:
         rounds: runs of each kind that count.
-        budget_s: seconds after which no further round is begun, and no kind that would exceed them
-            by what is known so far.
+        budget_s: seconds after which nothing but the `ESSENTIAL` kinds is measured; a kind that
+            would exceed them, by what is known so far, is left out.
         decodes: (sequences, context of each).
         prefills: (sequences, tokens of each, context of each).
         quantum_rows: rows of the quanta.
@@ -331,6 +332,7 @@ async def _measure_grid(
     total: int,
 ) -> tuple[list[IterationPoint], float, float]:
     """What each kind takes, how far single runs exceed that, and what a token takes in bytes."""
+    await bench.run(kinds[0])  # loads libraries and fills caches: its time is nobody's
     began_s = time.perf_counter()
     seconds: dict[_Kind, list[float]] = {}
     token_s = 0.0  # of the dearest kind so far: what a larger one would take at least
@@ -339,8 +341,8 @@ async def _measure_grid(
         for index, kind in enumerate(kinds):
             left_s = effort.budget_s - (time.perf_counter() - began_s)
             is_due = left_s > (0.0 if turn else token_s * kind.tokens)
-            # Without a run that counts, the warm-up does.
-            if is_due or (turn <= 1 and index < ESSENTIAL and left_s > -effort.budget_s):
+            # A run that warms up and one that counts.
+            if is_due or (turn <= 1 and index < ESSENTIAL):
                 report(done, total, _describe(kind.shape))
                 if turn == 0:
                     await bench.touch(kind)

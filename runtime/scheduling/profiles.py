@@ -150,7 +150,8 @@ async def load_or_measure(
         lane: where it is measured, if it must be.
         device: what it runs on.
         threads: intra-op threads of `lane`.
-        mode: "auto" for the kept one, or a new one that is then kept; else the file to read.
+        mode: "auto" for the kept one, or a new one that is then kept; else the file to read. One
+            that knows nothing of prefill is not kept, and measured again.
         effort: how much to measure.
         progress: is told (kinds done, kinds in all, what is next).
 
@@ -161,11 +162,17 @@ async def load_or_measure(
     if mode != "auto":
         return await asyncio.to_thread(_read_for, key, mode)
     profile = await asyncio.to_thread(load, key)
-    if profile is not None:
+    if profile is not None and profile.knows_prefill:
         return profile
     log.info("measuring what %s costs on this device, once", loaded.name)
     profile = await measure(loaded, executor, lane, key=key, effort=effort, progress=progress)
-    await asyncio.to_thread(save, profile)
+    if profile.knows_prefill:
+        await asyncio.to_thread(save, profile)
+    else:
+        log.warning(
+            "the profile is not kept: the KV pages hold no prompt that could be measured, so "
+            "prompts look free until some were served; raise cache.num_pages"
+        )
     return profile
 
 

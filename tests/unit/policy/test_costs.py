@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from operator import mul
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +18,12 @@ from cotune.policy.costs import (
     IterationShape,
     chunk_attention,
     complete_rows,
+    iteration_features,
 )
 from cotune.policy.profile import Profile, ProfileKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 KEY = ProfileKey(model="m", fingerprint="f", device="d", dtype="float32", threads=1)
 TRUE = Costs(
@@ -94,6 +96,36 @@ def serve(
     return errors
 
 
+DECODES = [IterationShape(n, n * context) for n in (1, 4, 8, 16) for context in (64, 256, 512)]
+PROMPTS = [
+    IterationShape().with_chunk(tokens, before) for tokens in (64, 128, 512) for before in (0, 256)
+]
+DEAR_PROMPTS = Costs(2e-3, 2e-4, 1e-7, 3e-4, 1e-9, 2e-4, margin=1.1)
+
+
+def serve_only(
+    model: CostModel, device: Costs, kinds: Sequence[IterationShape], count: int, *, seed: int = 0
+) -> list[float]:
+    """As `serve`, of these kinds alone."""
+    draw = random.Random(seed)
+    errors = []
+    for _ in range(count):
+        shape = draw.choice(kinds)
+        quiet_s = device.iteration_s(shape)
+        errors.append(abs(model.costs.iteration_s(shape) - quiet_s) / quiet_s)
+        model.observe_iteration(
+            shape, quiet_s * math.exp(draw.gauss(0.0, 0.03)), beside_training=0.0
+        )
+    return errors
+
+
+def worst(model: CostModel, device: Costs, kinds: Sequence[IterationShape]) -> float:
+    """The largest relative error of what is believed of these kinds."""
+    return max(
+        abs(model.costs.iteration_s(shape) / device.iteration_s(shape) - 1.0) for shape in kinds
+    )
+
+
 def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
@@ -109,6 +141,17 @@ def test_an_iteration_costs_the_sum_of_its_parts() -> None:
     beside = TRUE._replace(interference=1.5)
     assert beside.iteration_s(shape, beside_training=True) == pytest.approx(1.5 * expected)
     assert beside.iteration_s(shape) == pytest.approx(expected)
+
+
+@given(
+    parts=st.tuples(*[st.floats(0.0, 1.0)] * 6),
+    shape=st.builds(IterationShape, *[st.integers(0, 1 << 20)] * 5),
+)
+def test_an_iteration_costs_what_its_features_say(
+    parts: tuple[float, float, float, float, float, float], shape: IterationShape
+) -> None:
+    expected = sum(map(mul, parts, iteration_features(shape)))
+    assert Costs(*parts).iteration_s(shape) == pytest.approx(expected)
 
 
 def test_a_quantum_costs_its_rows_and_a_step_what_a_step_costs() -> None:
@@ -155,6 +198,16 @@ def test_the_largest_chunk_fits_and_one_token_more_does_not(
         assert took(tokens + 1) >= seconds * (1 - 1e-9)
     else:
         assert took(1) >= seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("attention_s", [0.0, 3e-10])
+def test_without_an_end_any_chunk_and_any_quantum_fit(attention_s: float) -> None:
+    costs = TRUE._replace(per_attention_s=attention_s)
+    shape = IterationShape(8, 800)
+    assert costs.prefill_tokens_within(math.inf, shape, 100) == UNBOUNDED
+    assert costs.prefill_tokens_within(math.inf, shape, 100, beside_training=True) == UNBOUNDED
+    assert costs.quantum_tokens_within(math.inf, "forward") == UNBOUNDED
+    assert costs.quantum_tokens_within(math.inf, "step") == UNBOUNDED
 
 
 @pytest.mark.parametrize("kind", ["kl", "forward", "backward"])
@@ -273,6 +326,126 @@ def test_a_slower_device_is_slower_at_work_that_was_not_seen_since() -> None:
     assert throttled.costs.iteration_s(prompt) == pytest.approx(
         2.0 * TRUE.iteration_s(prompt), rel=0.1
     )
+
+
+@pytest.mark.parametrize("factor", [3.0, 1.0 / 3.0])
+def test_a_profile_that_is_wrong_by_three_is_recovered_from_within_15_iterations(
+    factor: float,
+) -> None:
+    stale = model(times(TRUE, 1.0 / factor))
+    errors = serve_only(stale, TRUE, DECODES, 60)
+    assert min(errors[:4]) > 0.5
+    assert max(errors[15:]) < 0.1
+    report = stale.report()
+    assert report.is_stale
+    assert report.shifts == 1
+    assert worst(stale, TRUE, PROMPTS) < 0.1  # though none was seen
+
+
+@pytest.mark.parametrize(("decodes", "prompts"), [(300, 60), (40, 20), (30, 30), (12, 12)])
+def test_phases_of_work_are_no_changes_of_the_device_where_the_profile_is_wrong_of_one_kind(
+    decodes: int, prompts: int
+) -> None:
+    # Prompts take what the profile says. Short iterations take 1.6 to 2 times that.
+    device = DEAR_PROMPTS._replace(base_s=4e-3, per_decode_s=3e-4)
+    served = model(DEAR_PROMPTS)
+    errors = serve_only(served, device, DECODES, decodes)
+    errors += serve_only(served, device, PROMPTS, prompts, seed=1)
+    first = served.report()
+    assert first.shifts <= 1  # nobody can know, as long as there are only decodes
+    errors = []
+    for seed in range(2, 8):
+        errors += serve_only(served, device, DECODES, decodes, seed=seed)
+        errors += serve_only(served, device, PROMPTS, prompts, seed=seed)
+    report = served.report()
+    assert report.shifts <= 1
+    assert sum(error > 0.2 for error in errors) <= 10  # of those that were not met at first
+    assert worst(served, device, DECODES) < 0.05
+    assert worst(served, device, PROMPTS) < 0.2
+    assert not report.is_stale
+    assert report.margin < 1.15
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (DECODES, PROMPTS),
+        (PROMPTS, DECODES),
+        ([IterationShape(8, 8 * 256)], [IterationShape(32, 32 * 64)]),
+        ([IterationShape(8, 8 * 256)], [IterationShape(1, 2000)]),
+    ],
+)
+@pytest.mark.parametrize("phases", [(100, 60), (70, 20)])
+def test_phases_of_work_are_no_changes_of_the_device_without_a_profile(
+    first: list[IterationShape], then: list[IterationShape], phases: tuple[int, int]
+) -> None:
+    blank = model(None)
+    serve_only(blank, DEAR_PROMPTS, first, phases[0])
+    serve_only(blank, DEAR_PROMPTS, then, phases[1], seed=1)
+    errors = []
+    for seed in range(2, 8):
+        errors += serve_only(blank, DEAR_PROMPTS, first, phases[0], seed=seed)
+        errors += serve_only(blank, DEAR_PROMPTS, then, phases[1], seed=seed)
+    assert max(errors) < 0.2
+    report = blank.report()
+    assert report.shifts == 0
+    assert report.slowdown == 1.0
+    assert report.margin < 1.4
+
+
+@pytest.mark.parametrize("known", [None, DEAR_PROMPTS])
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_change_of_speed_between_phases_of_work_is_followed_for_all_kinds(
+    known: Costs | None, factor: float
+) -> None:
+    served = model(known)
+    for seed in range(3):
+        serve_only(served, DEAR_PROMPTS, DECODES, 100, seed=seed)
+        serve_only(served, DEAR_PROMPTS, PROMPTS, 30, seed=seed)
+    changed = times(DEAR_PROMPTS, factor)
+    errors = serve_only(served, changed, DECODES, 40, seed=9)
+    assert min(errors[:8]) > 0.3
+    assert max(errors[16:]) < 0.1
+    assert served.report().shifts == 1
+    assert worst(served, changed, PROMPTS) < 0.1  # none was seen since
+    back = serve_only(served, DEAR_PROMPTS, DECODES, 40, seed=10)
+    assert max(back[16:]) < 0.1
+    assert worst(served, DEAR_PROMPTS, PROMPTS) < 0.1
+    report = served.report()
+    assert report.shifts == 2
+    assert report.margin < 1.2
+
+
+def test_work_that_was_never_seen_is_learned_at_once_after_a_change_of_speed_too() -> None:
+    blank = model(None)
+    serve_only(blank, DEAR_PROMPTS, DECODES, 100)
+    slow = times(DEAR_PROMPTS, 2.0)
+    serve_only(blank, slow, DECODES, 40)
+    assert blank.report().shifts == 1
+    prompt = IterationShape().with_chunk(256, 0)
+    blank.observe_iteration(prompt, slow.iteration_s(prompt), beside_training=0.0)
+    assert worst(blank, slow, [prompt]) < 0.1
+    assert worst(blank, slow, DECODES) < 0.1
+
+
+def test_what_is_reported_as_slowdown_is_that_of_now() -> None:
+    throttled = model()
+    serve(throttled, times(TRUE, 2.0), 200)
+    serve(throttled, times(TRUE, 2.6), 100, seed=1)  # too little for a second shift
+    report = throttled.report()
+    assert report.shifts == 1
+    assert report.slowdown == pytest.approx(2.6, rel=0.05)
+
+
+def test_a_device_that_gets_slower_little_by_little_is_followed_and_said() -> None:
+    drifting = model()
+    for step in range(30):
+        serve(drifting, times(TRUE, 1.04**step), 40, seed=step)
+    report = drifting.report()
+    assert report.is_stale
+    assert report.slowdown == pytest.approx(1.04**29, rel=0.1)
+    errors = serve(drifting, times(TRUE, 1.04**29), 40, seed=30)
+    assert median(errors) < 0.1
 
 
 def test_thousands_of_decodes_do_not_wear_out_what_is_known_of_prefill() -> None:

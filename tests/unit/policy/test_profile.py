@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from cotune.policy.profile import (
     fit_costs,
 )
 
+VAST = 10**400
+"""An integer that JSON takes and no float holds."""
 KEY = ProfileKey(
     model="org/Some Model",
     fingerprint="f00",
@@ -47,6 +50,17 @@ PROFILE = Profile(
     created="2026-01-01T00:00:00+00:00",
     note="a note",
 )
+
+
+def with_field(path: str, value: object) -> dict[str, Any]:
+    """The profile as JSON, with something else in one place."""
+    data = copy.deepcopy(PROFILE.to_dict())
+    place: Any = data
+    *way, last = path.split(".")
+    for step in way:
+        place = place[int(step)] if isinstance(place, list) else place[step]
+    place[last] = value
+    return data
 
 
 def test_what_is_written_is_read_back_the_same() -> None:
@@ -98,16 +112,45 @@ def test_the_name_of_its_file_says_what_it_is_of_and_differs_with_every_field_of
 def test_a_wrong_field_is_named_with_its_value_and_the_remedy(
     path: str, value: object, message: str
 ) -> None:
-    data = copy.deepcopy(PROFILE.to_dict())
-    place: Any = data
-    *way, last = path.split(".")
-    for step in way:
-        place = place[int(step)] if isinstance(place, list) else place[step]
-    place[last] = value
+    data = with_field(path, value)
     with pytest.raises(ProfileError, match=message) as caught:
         Profile.from_dict(data)
     assert caught.value.field == path
     assert "cotune profile" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("costs.base_s", VAST),
+        ("costs.per_token_s", -VAST),
+        ("costs.per_row_s.forward", VAST),
+        ("memory.training_row_bytes", VAST),
+        ("memory.page_bytes", VAST),
+        ("key.threads", 2**63),
+        ("points.1.shape", [VAST, 0, 0, 0, 0]),
+        ("points.0.seconds", 10**309),
+        ("quanta.0.tokens", VAST),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_integer_beyond_all_numbers_is_refused_like_any_other_wrong_value(
+    path: str, value: object
+) -> None:
+    data = with_field(path, value)
+    data = json.loads(json.dumps(data))  # a file may hold it
+    with pytest.raises(ProfileError, match=r"measure again with `cotune profile`") as caught:
+        Profile.from_dict(data)
+    assert caught.value.field == path
+    assert len(str(caught.value)) < 200
+
+
+def test_it_knows_prefill_if_any_was_measured_or_if_it_was_derived() -> None:
+    assert PROFILE.knows_prefill
+    decodes = replace(PROFILE, points=PROFILE.points[:4])
+    assert not decodes.knows_prefill
+    assert not replace(PROFILE, points=()).knows_prefill
+    assert replace(decodes, is_estimated=True).knows_prefill
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", []])

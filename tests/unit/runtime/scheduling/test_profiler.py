@@ -187,6 +187,38 @@ async def test_a_slow_device_measures_the_essential_kinds_and_no_more(
     assert lane.now_s < 30.0
 
 
+@pytest.mark.parametrize("first_s", [1.0, 2.0, 3.5, 60.0])
+async def test_a_slow_first_run_costs_no_kind_its_place(
+    first_s: float, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = FakeExecutor()
+    lane = FakeLane(executor, monkeypatch)
+    quick = await measure(loaded, executor, lane, key=KEY, effort=SHORT)
+    executor = FakeExecutor()
+    lane = FakeLane(executor, monkeypatch)
+    usual = lane.cost
+    lane.cost = lambda shape: usual(shape) + (first_s if len(executor.shapes) == 1 else 0.0)
+    profile = await measure(loaded, executor, lane, key=KEY, effort=SHORT)
+    assert [point.shape for point in profile.points] == [point.shape for point in quick.points]
+    assert profile.costs[:6] == pytest.approx(quick.costs[:6])
+    assert profile.costs.margin == pytest.approx(quick.costs.margin)
+
+
+@pytest.mark.parametrize("each_s", [0.4, 1.6, 20.0])
+async def test_the_essential_kinds_are_measured_whatever_the_budget(
+    each_s: float, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = FakeExecutor()
+    lane = FakeLane(executor, monkeypatch)
+    lane.cost = lambda shape: each_s + 0.01 * each_s * (shape.decodes + shape.prefill_tokens)
+    profile = await measure(loaded, executor, lane, key=KEY, effort=SHORT)
+    essential = [kind.shape for kind in plan_grid(SHORT, loaded.max_model_len, executor)]
+    assert [point.shape for point in profile.points[:ESSENTIAL]] == essential[:ESSENTIAL]
+    assert profile.knows_prefill
+    prompt = IterationShape().with_chunk(16, 0)
+    assert profile.costs.iteration_s(prompt) == pytest.approx(1.16 * each_s, rel=0.02)
+
+
 async def test_progress_only_goes_up_and_ends_at_the_total(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,8 @@ def test_what_is_saved_is_found_under_its_key_alone(cache: Path) -> None:
         (b"[" * 100_000, "is not JSON"),
         (b" " * ((1 << 22) + 1), "is larger than"),
         (b"{}", "format is None"),
+        (json.dumps(PROFILE.to_dict()).replace("0.002", "1" + "0" * 400), "beyond all numbers"),
+        (b'{"format": 1' + b"0" * 5000 + b"}", "is not JSON"),
         (json.dumps(replace(PROFILE, key=replace(KEY, device="other")).to_dict()), "key.device is"),
     ],
 )
@@ -143,6 +145,34 @@ async def test_the_first_start_measures_and_the_second_reads(
 
     monkeypatch.setattr(profiles, "measure", never)
     assert await load_or_measure(loaded, executor, lane, device=CPU, threads=1) == first
+
+
+@pytest.mark.parametrize("is_kept_already", [False, True])
+async def test_a_profile_that_knows_nothing_of_prefill_is_not_kept(
+    is_kept_already: bool,
+    loaded: LoadedModel,
+    executor: Executor,
+    lane: Lane,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    key = profiles.key_of(loaded, device=CPU, dtype=loaded.dtype, threads=1)
+    decodes_only = replace(PROFILE, key=key)
+    if is_kept_already:
+        assert profiles.save(decodes_only) is not None
+
+    async def measure(*args: Any, **kwargs: Any) -> Profile:
+        return decodes_only
+
+    with monkeypatch.context() as patched:
+        patched.setattr(profiles, "measure", measure)
+        found = await load_or_measure(loaded, executor, lane, device=CPU, threads=1)
+    assert found == decodes_only
+    assert "the profile is not kept" in caplog.text
+    assert profiles.path_of(key).exists() is is_kept_already
+    measured = await load_or_measure(loaded, executor, lane, device=CPU, threads=1)
+    assert measured.knows_prefill
+    assert profiles.load(key) == measured
 
 
 async def test_a_file_that_is_named_is_used_in_the_place_of_the_cache(
