@@ -45,7 +45,7 @@ from .scheduling.scheduler import MEMORY_WAIT_S
 from .sequence import Request, SequenceState, Status
 from .statistics import Listeners, RuntimeStatistics
 from .step import SequenceStep
-from .waiting import WaitingLine
+from .waiting import MAX_PLANS, WaitingLine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -66,8 +66,6 @@ Ts = TypeVarTuple("Ts")
 log = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60.0
-MAX_PLANS = 3
-"""The policy is asked again where those that it lets in have other prefixes cached than it saw."""
 STOP_LIMIT_S = 60.0
 """How long a shutdown waits for the iteration in flight, once every request has been ended."""
 
@@ -499,7 +497,8 @@ class Engine:
         self._scheduler.watch_memory(len(self._running))
         self._waiting.refresh(self._running)
         running = self._running_views(steps, began_s + (ahead_s or 0.0) + self._budgets.tbt_s)
-        for _ in range(MAX_PLANS):
+        plans = 0
+        while True:
             decision = self._scheduler.decide(
                 running,
                 self._waiting.views,
@@ -509,10 +508,10 @@ class Engine:
                 began_s=began_s,
                 ahead_s=ahead_s,
             )
+            plans += 1
             chosen = [self._sequences[chunk.key] for chunk in decision.plan.admissions]
-            if not self._waiting.check(chosen, self._running):
-                break
-        return decision
+            if not self._waiting.check(chosen, self._running) or plans == MAX_PLANS:
+                return decision
 
     def _running_views(
         self, steps: Mapping[int, SequenceStep], next_due_s: float

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from types import TracebackType
 
+    from ..policy.costs import Costs
     from .config import Shorthands
     from .engine import StepExecutor
     from .learning.events import Acknowledgement, FeedbackEvent
@@ -721,6 +722,11 @@ class Runtime:
     def max_model_len(self) -> int:
         """Most tokens of prompt plus answer: what the model and the KV pages allow."""
         return self._served.max_model_len
+
+    @property
+    def costs(self) -> Costs:
+        """What work costs on this device, as learned by now."""
+        return self._served.scheduler.costs
 
     @property
     def is_ready(self) -> bool:

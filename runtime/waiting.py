@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from .sequence import SequenceState
 
 
+MAX_PLANS = 3
+"""A policy is asked again where those that it lets in have other prefixes cached than it saw; so
+often in all."""
+
+
 class WaitingLine:
     """Sequences by rank, then by key. Owned by the engine.
 

@@ -19,7 +19,7 @@ from ..runtime.errors import ConfigError, ConflictError, NotFoundError
 from ..runtime.learning.state_directory import StateDirectory
 from ..runtime.learning.versions import Lineage, VersionRecord, VersionStore
 from .live_server import LiveServer
-from .options import add_general_arguments, api_key
+from .options import add_api_key_argument, add_general_arguments, api_key
 
 if TYPE_CHECKING:
     import argparse
@@ -61,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         place.add_argument("--state-dir", type=Path, metavar="DIR", help="a state directory")
         if name not in ("diff", "export"):
             place.add_argument("--url", metavar="URL", help="a server that is running")
-            place.add_argument(
-                "--api-key", metavar="KEY", help="the server's key (default: $COTUNE_API_KEY)"
-            )
+            add_api_key_argument(place)
         return command
 
     def add_version(command: argparse.ArgumentParser, *names: str) -> None:

@@ -144,7 +144,7 @@ class _Stages:
         }
         if self._learns:
             learner = self._learner
-            sizes["needs"] = await learner._lane.run(_needs, learner, self._settings["pairs"])
+            sizes["needs"] = await learner._job("needs", _needs, learner, self._settings["pairs"])
         return sizes
 
     async def _serve(self) -> None:

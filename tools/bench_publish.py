@@ -100,14 +100,15 @@ def run(args: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory(prefix="cotune-bench-") as directory,
         asyncio.Runner(loop_factory=loop_factory()) as runner,
     ):
-        result = runner.run(_measure(args, Path(directory)))
+        result = runner.run(measure(args, Path(directory)))
     _print(result)
     result |= {"benchmark": NAME, "dtype": args.dtype, "environment": environment()}
     print_json(result)
     return 0 if not result["failed_requests"] and not result["other_tokens"] else 1
 
 
-async def _measure(args: argparse.Namespace, state_dir: Path) -> dict[str, Any]:
+async def measure(args: argparse.Namespace, state_dir: Path) -> dict[str, Any]:
+    """The figures of the benchmark, from JSON values; versions are kept in `state_dir`."""
     from ..runtime.learning.config import LearningConfig
     from ..runtime.runtime import Runtime
 

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 from ..runtime.errors import ConfigError, CotuneError, RequestError
 from ..runtime.types import Message, SamplingParams
+from .live_server import AsyncServer, ServerError, told_error
 from .options import (
+    add_api_key_argument,
     add_general_arguments,
     add_runtime_arguments,
     api_key,
@@ -62,9 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     talk = parser.add_argument_group("conversation")
     talk.add_argument("--url", metavar="URL", help="a running server; no model is loaded here")
-    talk.add_argument(
-        "--api-key", metavar="KEY", help="the server's key (default: $COTUNE_API_KEY)"
-    )
+    add_api_key_argument(talk)
     talk.add_argument(
         "--model-name", metavar="NAME", help="model or adapter that answers (the base model)"
     )
@@ -247,10 +247,6 @@ class InputError(CotuneError):
     """What was piped in cannot be read."""
 
 
-class ServerError(CotuneError):
-    """The server cannot be reached, or answered with an error."""
-
-
 class Partner(Protocol):
     """Something that answers, entered and used on the loop thread."""
 
@@ -312,13 +308,9 @@ class ServerPartner:
     def __init__(
         self, url: str, key: str | None, model_name: str | None, params: SamplingParams
     ) -> None:
-        self._given = url
-        if "://" not in url:
-            url = f"http://{url}"
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        remedy = "start one with `cotune serve`, or leave out --url"
+        self._server = AsyncServer(url, key, remedy=remedy)
         self._model_name = model_name
-        self._session: Any = None
         self.name = ""
         wanted = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
         self._fields = {
@@ -328,18 +320,15 @@ class ServerPartner:
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Connect, and see which models there are."""
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as self._session:
-            async with self._request("GET", "/v1/models") as reply:
+        async with self._server.open():
+            async with self._request("GET", "/models") as reply:
                 names = self._model_names(await reply.text())
             if self._model_name is not None and self._model_name not in names:
                 raise ConfigError(
                     f"--model-name is {self._model_name!r}; the server has {', '.join(names)}"
                 )
             if not names:
-                raise ServerError(f"{self._url} lists no model")
+                raise ServerError(f"{self._server.url} lists no model")
             self.name = self._model_name or names[0]
             yield
 
@@ -353,7 +342,7 @@ class ServerPartner:
             **self._fields,
         }
         tokens = 0
-        async with self._request("POST", "/v1/chat/completions", body) as reply:
+        async with self._request("POST", "/chat/completions", body) as reply:
             async for line in reply.content:
                 data = line.decode("utf-8").removeprefix("data:").strip()
                 if not line.startswith(b"data:") or data == "[DONE]":
@@ -373,37 +362,18 @@ class ServerPartner:
             return [str(model["id"]) for model in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(
-                f"{self._url} does not speak the OpenAI API: /v1/models gave {body[:80]!r}"
+                f"{self._server.url} does not speak the OpenAI API: /v1/models gave {body[:80]!r}"
             ) from error
 
     @contextlib.asynccontextmanager
     async def _request(self, method: str, path: str, body: Any = None) -> AsyncIterator[Any]:
         """A reply with a good status; anything else is a `ServerError`."""
-        import aiohttp
-
-        try:
-            async with self._session.request(method, self._url + path, json=body) as reply:
-                if reply.status >= 400:
-                    raise ServerError(_error_message(reply.status, await reply.text()))
-                yield reply
-        except aiohttp.ClientConnectorError as error:
-            raise ServerError(
-                f"no server at {self._url} ({error.strerror or error}); start one with "
-                "`cotune serve`, or leave out --url"
-            ) from error
-        except aiohttp.InvalidURL as error:
-            raise ConfigError(f"--url is {self._given!r}; use http://HOST:PORT") from error
-        except aiohttp.ClientError as error:
-            raise ServerError(f"the connection to {self._url} broke: {error}") from error
-
-
-def _error_message(status: int, body: str) -> str:
-    """The message of an OpenAI error object, or the body as it is."""
-    try:
-        message = str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        message = body.strip()[:500]
-    return f"{message} (status {status})"
+        async with self._server.request(method, path, json=body) as reply:
+            if reply.status >= 400:
+                text = await reply.text()
+                message = told_error(text, text.strip()[:500])
+                raise ServerError(f"{message} (status {reply.status})")
+            yield reply
 
 
 # -- the loop thread -----------------------------------------------------------------------------

@@ -471,7 +471,7 @@ class _Run:
             ),
             marks=tuple(mark._replace(at_s=mark.at_s - offset_s) for mark in self._tap.marks),
             steps_by_adapter={name: times for name, times in self._steps.items() if times},
-            costs=self._runtime._served.scheduler.costs._asdict(),
+            costs=self._runtime.costs._asdict(),
             chosen=self._runtime.describe(),
             schedule=self._schedule,
             settings=asdict(self._runtime.config.schedule.settings),

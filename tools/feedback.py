@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import orjson
 
-from ..runtime.errors import ConfigError, CotuneError, RequestError
+from ..runtime.errors import ConfigError, RequestError
 from ..runtime.learning.config import FeedbackConfig
 from ..runtime.learning.events import as_body
 from ..runtime.learning.formats import FORMATS, ImportedRow, format_of, parse_row
 from ..runtime.learning.state_directory import StateDirectory
-from .options import api_key, loop_factory
+from .live_server import AsyncServer, ServerError, told_error
+from .options import add_api_key_argument, api_key, loop_factory
+from .progress_bar import progress_bar
 
 if TYPE_CHECKING:
     import argparse
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         Mapping,
         Sequence,
     )
+    from contextlib import AbstractAsyncContextManager
 
     from ..runtime.learning.events import FeedbackEvent
 
@@ -88,9 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="a state directory (stop its server first)",
         )
         place.add_argument("--url", metavar="URL", help="a server that is running")
-        place.add_argument(
-            "--api-key", metavar="KEY", help="the server's key (default: $COTUNE_API_KEY)"
-        )
+        add_api_key_argument(place)
         return command
 
     command = add(
@@ -340,10 +341,6 @@ class StateDoor:
         return removed
 
 
-class FeedbackServerError(CotuneError):
-    """The server cannot be reached, or answered with an error."""
-
-
 class ServerDoor:
     """The feedback routes of a server that runs.
 
@@ -361,20 +358,17 @@ class ServerDoor:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._sleep = sleep
-        self._given = url
-        if "://" not in url:
-            url = f"http://{url}"
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._session: Any = None
+        self._server = AsyncServer(
+            url,
+            key,
+            remedy="start one with `cotune serve --learning`, or give --state-dir",
+            broken="run the command again, what was stored stays as it is",
+        )
 
     @contextlib.asynccontextmanager
     async def open(self) -> AsyncIterator[ServerDoor]:
         """Connections are made when they are needed."""
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        async with aiohttp.ClientSession(headers=self._headers, timeout=timeout) as self._session:
+        async with self._server.open():
             yield self
 
     async def send(self, events: Sequence[FeedbackEvent], source: str) -> list[Outcome]:
@@ -415,7 +409,7 @@ class ServerDoor:
                 for line in lines:
                     yield self._load(line)
             if rest:
-                raise FeedbackServerError(f"{self._url} ended the export in the middle of a row")
+                raise ServerError(f"{self._server.url} ended the export in the middle of a row")
 
     async def delete(self, source: str) -> int:
         """See `Door.delete`."""
@@ -425,31 +419,13 @@ class ServerDoor:
             raise self._error(reply.status, data)
         return int(self._load(data)["deleted"])
 
-    @contextlib.asynccontextmanager
-    async def _request(
+    def _request(
         self, method: str, path: str, query: Mapping[str, str], body: bytes | None = None
-    ) -> AsyncIterator[Any]:
-        import aiohttp
-
+    ) -> AbstractAsyncContextManager[Any]:
         headers = {} if body is None else {"Content-Type": "application/json"}
-        url = f"{self._url}/v1/feedback{path}"
-        try:
-            async with self._session.request(
-                method, url, params=query, data=body, headers=headers
-            ) as reply:
-                yield reply
-        except aiohttp.ClientConnectorError as error:
-            raise FeedbackServerError(
-                f"no server at {self._url} ({error.strerror or error}); start one with "
-                "`cotune serve --learning`, or give --state-dir"
-            ) from error
-        except aiohttp.InvalidURL as error:
-            raise ConfigError(f"--url is {self._given!r}; use http://HOST:PORT") from error
-        except aiohttp.ClientError as error:
-            raise FeedbackServerError(
-                f"the connection to {self._url} broke: {error}; run the command again, what was "
-                "stored stays as it is"
-            ) from error
+        return self._server.request(
+            method, f"/feedback{path}", params=query, data=body, headers=headers
+        )
 
     def _answers(self, status: int, data: bytes, count: int) -> list[dict[str, Any]]:
         """One answer per event, whatever the status; an error for the whole request is raised."""
@@ -464,12 +440,9 @@ class ServerDoor:
         except orjson.JSONDecodeError:
             raise self._error(status, data) from None
 
-    def _error(self, status: int, data: bytes) -> FeedbackServerError:
-        try:
-            message = str(orjson.loads(data)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
-            message = f"it does not speak cotune's feedback: {data[:200]!r}"
-        return FeedbackServerError(f"{self._url}: {message} (status {status})")
+    def _error(self, status: int, data: bytes) -> ServerError:
+        message = told_error(data, f"it does not speak cotune's feedback: {data[:200]!r}")
+        return ServerError(f"{self._server.url}: {message} (status {status})")
 
 
 # -- files and progress --------------------------------------------------------------------------
@@ -511,15 +484,10 @@ def _output(path: Path | None) -> Iterator[Callable[[bytes], object]]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[int, str], None]]:
-    """A line on stderr that says how far it is; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _count, _text: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    """A line that says how far it is: nobody knows how much there is to come."""
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda count, text: progress.update(task, advance=count, description=text)
+    with progress_bar(*columns) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda count, text: bar.update(task, advance=count, description=text)

@@ -40,7 +40,7 @@ from .bench_report import environment, print_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .gpu_check_sections import Check
+    from .gpu_check_case import Check
 
 NAME: Final = "gpu_check"
 SECTIONS: Final = (
@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..streams.device import resolve_device
-    from .gpu_check_sections import SECTION_FUNCTIONS, Check
+    from .gpu_check_case import Check
+    from .gpu_check_sections import SECTION_FUNCTIONS
 
     device = resolve_device(args.device)
     is_card = device.type == "cuda"

@@ -342,6 +342,13 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
     return config
 
 
+def add_api_key_argument(group: argparse._ArgumentGroup) -> None:
+    """Declare ``--api-key`` of a command that asks a server."""
+    group.add_argument(
+        "--api-key", metavar="KEY", help="the server's key (default: $COTUNE_API_KEY)"
+    )
+
+
 def api_key(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str | None:
     """The key from ``--api-key`` or a config file, else from ``COTUNE_API_KEY``."""
     given: str | None = args.api_key

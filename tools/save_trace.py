@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 import urllib.parse
 from itertools import pairwise
@@ -16,13 +15,14 @@ import orjson
 from ..runtime.errors import ConfigError
 from ..runtime.scheduling.timeline import TimelineSnapshot, chrome_trace
 from .live_server import LiveServer, ServerError
-from .options import add_general_arguments, api_key
+from .options import add_api_key_argument, add_general_arguments, api_key
+from .progress_bar import progress_bar
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator
 
-    from ..runtime.scheduling.timeline import IterationRecord, Mark, QuantumRecord
+    from ..runtime.scheduling.timeline import IterationRecord, JobRecord, Mark, QuantumRecord
 
 EPILOG = """\
 examples:
@@ -67,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where to write (%(default)s)",
     )
-    what.add_argument(
-        "--api-key", metavar="KEY", help="the server's key (default: $COTUNE_API_KEY)"
-    )
+    add_api_key_argument(what)
     add_general_arguments(parser, default_log_level="warning")
 
 
@@ -124,6 +122,7 @@ class Recording:
         self._since_s: float | None = None
         self._iterations: dict[tuple[int, float], IterationRecord] = {}
         self._quanta: dict[tuple[str, float], QuantumRecord] = {}
+        self._jobs: dict[tuple[str, float], JobRecord] = {}
         self._marks: dict[Mark, None] = {}
 
     def begin(self, body: dict[str, Any]) -> None:
@@ -142,6 +141,9 @@ class Recording:
         for quantum in piece.quanta:
             if quantum.ended_s >= since_s:
                 self._quanta[quantum.adapter, quantum.started_s] = quantum
+        for job in piece.jobs:
+            if job.ended_s >= since_s:
+                self._jobs[job.adapter, job.started_s] = job
         for mark in piece.marks:
             if mark.at_s >= since_s:
                 self._marks[mark] = None
@@ -158,6 +160,7 @@ class Recording:
             now_s=self._now_s,
             iterations=tuple(self._iterations.values()),
             quanta=tuple(self._quanta.values()),
+            jobs=tuple(self._jobs.values()),
             marks=tuple(self._marks),
         )
 
@@ -210,17 +213,9 @@ def describe(snapshot: TimelineSnapshot, lost: int) -> str:
 
 @contextlib.contextmanager
 def _progress(seconds: float) -> Iterator[Callable[[float, int], None]]:
-    """A bar on stderr; nothing where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _done_s, _iterations: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("watching", total=seconds)
-        yield lambda done_s, iterations: progress.update(
+    with progress_bar() as bar:
+        task = bar.add_task("watching", total=seconds)
+        yield lambda done_s, iterations: bar.update(
             task, completed=done_s, description=f"watching: {iterations} iterations"
         )
 

@@ -24,11 +24,12 @@ from ..runtime.scheduling.targets import choose_targets
 from .bench_report import machine
 from .coserve_log import LoggedTraining, read_logs
 from .options import parse_count
-from .simulation import SimulationSettings, samples_of
 from .simulation_compare import compare
 from .simulation_report import HEADINGS, Summary, summarize, summary_row, table, with_baseline
-from .simulation_run import World, described, heading, progress_bar, simulate
+from .simulation_run import World, described, heading, simulate, time_bars
 from .simulation_scenarios import SCENARIOS, make_requests
+from .simulation_training import samples_of
+from .simulation_types import SimulationSettings
 from .traces import find_trace, read_trace, transform
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
 def _replay(world: World, policies: Sequence[str], overrides: dict[str, Any]) -> dict[str, Any]:
     """The trace through each policy; the baseline always runs, to know what it leaves idle."""
     summaries: dict[str, Summary] = {}
-    with progress_bar(world.trace.duration_s) as start:
+    with time_bars(world.trace.duration_s) as start:
         for name in dict.fromkeys((BASELINE, *policies)):
             result = simulate(world, name, overrides, progress=start(name))
             summaries[name] = summarize(result, world.settings.budgets, visits=world.visits)

@@ -11,9 +11,9 @@ from ..policy.costs import Costs
 from ..policy.types import Budgets
 from ..runtime.errors import ConfigError
 from .coserve_log import CoserveLog, quantile
-from .simulation import SimulationResult, SimulationSettings
 from .simulation_report import Percentiles, table
-from .simulation_run import World, progress_bar, simulate
+from .simulation_run import World, simulate, time_bars
+from .simulation_types import SimulationResult, SimulationSettings
 from .traces import Trace, TraceRequest
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def compare(
         groups.setdefault((log.policy, log.retrain_rate), []).append(log)
     rows, found, errors = [], [], []
     until_s = max(log.duration_s for log in logs)
-    with progress_bar(until_s) as start:
+    with time_bars(until_s) as start:
         for (policy, rate), members in groups.items():
             results = []
             for log in members:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from ..policy.types import Budgets
-    from .simulation import Outcome, SimulationResult
+    from .simulation_types import Outcome, SimulationResult
 
 PERCENTILES: Final = (50, 90, 99)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..policy import make_policy
 from ..policy.settings import PolicySettings, SettingError
 from ..runtime.errors import ConfigError
-from .simulation import Simulation, SimulationResult, SimulationSettings
+from .progress_bar import progress_bar
+from .simulation import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..policy.costs import CostModel, Costs, IterationShape
     from ..policy.types import Policy
     from .coserve_log import LoggedSample
+    from .simulation_types import SimulationResult, SimulationSettings
     from .traces import Trace
 
 
@@ -116,13 +118,9 @@ def simulate(
 
 
 @contextmanager
-def progress_bar(until_s: float) -> Iterator[Callable[[str], Callable[[float], None]]]:
-    """A bar on stderr that shows virtual time, run after run."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+def time_bars(until_s: float) -> Iterator[Callable[[str], Callable[[float], None]]]:
+    """Bars that show virtual time, one for each run."""
+    with progress_bar() as bar:
 
         def start(name: str) -> Callable[[float], None]:
             task = bar.add_task(name, total=until_s)

@@ -16,7 +16,7 @@ from ..policy.settings import PolicySettings
 from ..runtime.errors import ConfigError
 from .coserve_log import quantile
 from .simulation_report import HEADINGS, summarize, summary_row, table
-from .simulation_run import Witness, World, described, heading, progress_bar, simulate
+from .simulation_run import Witness, World, described, heading, simulate, time_bars
 from .traces import Trace, TraceRequest, make_trace, synthetic, transform
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..policy.costs import Costs
     from ..policy.profile import Profile
-    from .simulation import Outcome
+    from .simulation_types import Outcome
 
 LOAD: Final = 0.6
 """Of what the device can serve, what the requests made for a scenario ask."""
@@ -73,7 +73,7 @@ def _inflow(
 
     rows = []
     found: dict[str, dict[str, Any]] = {}
-    with progress_bar(world.trace.duration_s) as start:
+    with time_bars(world.trace.duration_s) as start:
         for name in policies:
             found[name] = {}
             for label, trace in (("without", world.trace), ("with", merged)):
@@ -102,7 +102,7 @@ def _variants(
 ) -> dict[str, Any]:
     """Runs side by side."""
     rows, found = [], {}
-    with progress_bar(world.trace.duration_s) as start:
+    with time_bars(world.trace.duration_s) as start:
         for label, varied, policy, overrides in runs:
             result = simulate(varied, policy, overrides, progress=start(label))
             summary = summarize(result, varied.settings.budgets, visits=world.visits)
@@ -173,7 +173,7 @@ def _stale(
     settings = replace(world.settings, slowdowns=((middle_s, 2.0),), noise=noise)
     slowed = replace(world, settings=settings)
     rows, found = [], {}
-    with progress_bar(world.trace.duration_s) as start:
+    with time_bars(world.trace.duration_s) as start:
         for policy in policies:
             for label, model in (("learning", CostModel(profile)), ("as profiled", None)):
                 name = f"{policy} {label}"

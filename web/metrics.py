@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
     from ..runtime.types import Response
     from .backend import Backend
+
+T = TypeVar("T")
+Sample: TypeAlias = tuple[Sequence[str], T]
+"""Values of a family's labels, and what is measured of that."""
+Maker: TypeAlias = Callable[[str, str, Sequence[str], Iterable[Sample[T]]], "Metric"]
+"""Makes a family of its name, text, labels and samples."""
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -57,12 +65,9 @@ class Histogram:
         self._counts[bisect_left(self._buckets, value)] += 1
         self._sum += value
 
-    def add_to(self, family: HistogramMetricFamily, labels: list[str]) -> None:
-        """Report cumulative counts, as Prometheus wants them."""
-        names = [*map(str, self._buckets), "+Inf"]
-        family.add_metric(
-            labels, list(zip(names, accumulate(self._counts), strict=True)), self._sum
-        )
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Report a sample."""
+        family.add_metric(labels, _cumulative(self._buckets, self._counts), self._sum)
 
 
 class Metrics:
@@ -150,21 +155,19 @@ class Metrics:
         statistics = self._runtime.statistics()
         cache = statistics.cache
         model = {"model": self._runtime.served_name}
-        yield _gauge("cotune_build_info", "The version that runs.", {"version": __version__}, 1)
-        yield _gauge(
-            "cotune_ready", "1 while requests are taken.", model, int(self._runtime.is_ready)
+        version = {"version": __version__}
+        yield _one(_gauge, "cotune_build_info", "The version that runs.", version, 1)
+        yield from _each(
+            _gauge,
+            model,
+            ("cotune_ready", "1 while requests are taken.", int(self._runtime.is_ready)),
+            ("cotune_running", "Sequences that hold pages.", statistics.running),
+            ("cotune_waiting", "Sequences in the queue.", statistics.waiting),
         )
-        yield _gauge("cotune_running", "Sequences that hold pages.", model, statistics.running)
-        yield _gauge("cotune_waiting", "Sequences in the queue.", model, statistics.waiting)
-        pages = GaugeMetricFamily("cotune_kv_pages", "KV pages by state.", labels=["state"])
-        for state, count in (
-            ("free", cache.free_pages),
-            ("cached", cache.cached_pages),
-            ("owned", cache.owned_pages),
-        ):
-            pages.add_metric([state], count)
-        yield pages
-        for name, text, count in (
+        pages = {"free": cache.free_pages, "cached": cache.cached_pages, "owned": cache.owned_pages}
+        yield _gauge("cotune_kv_pages", "KV pages by state.", ["state"], _by_one(pages))
+        yield from _each(
+            _counter, model,
             ("cotune_prompt_tokens", "Prompt tokens of admitted requests.",
              statistics.prompt_tokens),
             ("cotune_generated_tokens", "Tokens generated.", statistics.generated_tokens),
@@ -177,69 +180,59 @@ class Metrics:
              cache.queried_tokens),
             ("cotune_prefix_hit_tokens", "Prompt tokens found in the prefix cache.",
              cache.hit_tokens),
-        ):  # fmt: skip
-            yield _counter(name, text, model, count)
-        parts = CounterMetricFamily(
-            "cotune_engine_seconds", "Where the engine's time went.", labels=["part"]
+        )  # fmt: skip
+        seconds = {
+            part: getattr(statistics, f"{part}_s")
+            for part in ("forward", "sample", "plan", "commit", "deliver")
+        }
+        yield _counter(
+            "cotune_engine_seconds", "Where the engine's time went.", ["part"], _by_one(seconds)
         )
-        for part in ("forward", "sample", "plan", "commit", "deliver"):
-            parts.add_metric([part], getattr(statistics, f"{part}_s"))
-        yield parts
-        finished = CounterMetricFamily(
-            "cotune_finished", "Completions that ended.", labels=["model", "finish_reason"]
-        )
-        for (name, reason), count in self._finished.items():
-            finished.add_metric([name, reason], count)
-        yield finished
-        rejected = CounterMetricFamily(
-            "cotune_rejected", "Requests that were not admitted.", labels=["reason"]
-        )
-        for reason, count in self._rejected.items():
-            rejected.add_metric([reason], count)
-        yield rejected
-        for name, text, histogram in (
+        yield _counter(
+            "cotune_finished", "Completions that ended.", ["model", "finish_reason"],
+            self._finished.items(),
+        )  # fmt: skip
+        yield _counter(
+            "cotune_rejected", "Requests that were not admitted.", ["reason"],
+            _by_one(self._rejected),
+        )  # fmt: skip
+        yield from _each(
+            _histogram,
+            model,
             ("cotune_ttft_seconds", "Arrival to first token.", self._first_token),
             ("cotune_tbt_seconds", "Gap between successive tokens.", self._token_gap),
             ("cotune_e2e_seconds", "Arrival to finish.", self._e2e),
             ("cotune_queue_seconds", "Arrival to first scheduled.", self._queue),
-        ):
-            yield _histogram(name, text, model, histogram)
-        requests = CounterMetricFamily(
-            "cotune_http_requests",
-            "HTTP requests; status 499 where the client left.",
-            labels=["method", "route", "status"],
         )
-        for (method, route, status), count in self._http.items():
-            requests.add_metric([method, route, str(status)], count)
-        yield requests
-        yield _gauge(
-            "cotune_http_paused_streams",
-            "Streams that wait for a slow reader.",
-            {},
+        yield _counter(
+            "cotune_http_requests", "HTTP requests; status 499 where the client left.",
+            ["method", "route", "status"],
+            (((*place, str(status)), count) for (*place, status), count in self._http.items()),
+        )  # fmt: skip
+        yield _one(
+            _gauge, "cotune_http_paused_streams", "Streams that wait for a slow reader.", {},
             self.paused_streams,
-        )
-        seconds = HistogramMetricFamily(
-            "cotune_http_seconds", "HTTP request to end of answer.", labels=["route"]
-        )
-        for route, histogram in self._http_seconds.items():
-            histogram.add_to(seconds, [route])
-        yield seconds
+        )  # fmt: skip
+        yield _histogram(
+            "cotune_http_seconds", "HTTP request to end of answer.", ["route"],
+            _by_one(self._http_seconds),
+        )  # fmt: skip
 
     def _schedule(self) -> Iterator[Metric]:
         """How iterations are planned, and what became of the plans."""
         known = self._runtime.statistics().schedule
-        model = {"model": self._runtime.served_name}
-        yield _gauge(
-            "cotune_policy_info", "The policy that decides.", {**model, "policy": known.policy}, 1
-        )
+        name = self._runtime.served_name
+        model = {"model": name}
+        policy = {**model, "policy": known.policy}
+        yield _one(_gauge, "cotune_policy_info", "The policy that decides.", policy, 1)
         decisions = HistogramMetricFamily(
             "cotune_decision_seconds", "Observing and deciding.", labels=list(model)
         )
-        names = [*map(str, DECISION_BUCKETS_S), "+Inf"]
-        counts = zip(names, accumulate(known.decision_counts), strict=True)
-        decisions.add_metric(list(model.values()), list(counts), known.decision_s)
+        counts = _cumulative(DECISION_BUCKETS_S, known.decision_counts)
+        decisions.add_metric([name], counts, known.decision_s)
         yield decisions
-        for name, text, value in (
+        yield from _each(
+            _gauge, model,
             ("cotune_batch_fill", "Share of the token budget that recent iterations used.",
              known.fill),
             ("cotune_prediction_bias", "Predicted over measured time of recent iterations, less 1.",
@@ -252,29 +245,20 @@ class Metrics:
              known.interference),
             ("cotune_profile_stale", "1 while the profile is far from what is measured.",
              int(known.is_profile_stale)),
-        ):  # fmt: skip
-            if value is not None:
-                yield _gauge(name, text, model, value)
-        error = GaugeMetricFamily(
+        )  # fmt: skip
+        errors = {"0.5": known.prediction_error_p50, "0.95": known.prediction_error_p95}
+        yield _gauge(
             "cotune_prediction_error",
             "How far predictions of recent iterations were off, as a share of the time measured.",
-            labels=["model", "quantile"],
-        )
-        slack = GaugeMetricFamily(
+            ["model", "quantile"], _by_one(errors, name),
+        )  # fmt: skip
+        yield _gauge(
             "cotune_slack_seconds",
             "Time until the next token was due when recent iterations began.",
-            labels=["model", "quantile"],
-        )
-        for family, quantile, value in (
-            (error, "0.5", known.prediction_error_p50),
-            (error, "0.95", known.prediction_error_p95),
-            (slack, "0.05", known.slack_p5_s),
-        ):
-            if value is not None:
-                family.add_metric([model["model"], quantile], value)
-        yield error
-        yield slack
-        for name, text, count in (
+            ["model", "quantile"], _by_one({"0.05": known.slack_p5_s}, name),
+        )  # fmt: skip
+        yield from _each(
+            _counter, model,
             ("cotune_iteration_seconds", "Iterations on the device.", known.iteration_s),
             ("cotune_iteration_tokens", "Tokens that iterations held.", known.tokens),
             ("cotune_iteration_budget_tokens", "Tokens that they could have held.",
@@ -289,155 +273,193 @@ class Metrics:
             ("cotune_quantum_halvings", "Quanta cut in two for lack of memory.", known.halvings),
             ("cotune_held_seconds", "Training quanta waiting at safepoints.", known.held_s),
             ("cotune_holds", "Iterations during which training was told to wait.", known.holds),
-        ):  # fmt: skip
-            yield _counter(name, text, model, count)
-        for name, text, kinds in (
-            ("cotune_quanta", "Training quanta that ended.", known.quanta),
-            ("cotune_quantum_seconds", "What they took without the time held.", known.quantum_s),
-        ):
-            by_kind = CounterMetricFamily(name, text, labels=["model", "kind"])
-            for kind, amount in kinds.items():
-                by_kind.add_metric([model["model"], kind], amount)
-            yield by_kind
+        )  # fmt: skip
+        yield _counter(
+            "cotune_quanta", "Training quanta that ended.", ["model", "kind"],
+            _by_one(known.quanta, name),
+        )  # fmt: skip
+        yield _counter(
+            "cotune_quantum_seconds", "What they took without the time held.", ["model", "kind"],
+            _by_one(known.quantum_s, name),
+        )  # fmt: skip
+        yield _counter(
+            "cotune_training_job_seconds", "Other work on the training lane.", ["model", "kind"],
+            _by_one(known.job_s, name),
+        )  # fmt: skip
 
     def _feedback(self) -> Iterator[Metric]:
         """What came in. Events are those that are stored, so that deletion lowers their number."""
         status = self._runtime.learning()
-        model = {"model": self._runtime.served_name}
-        events = CounterMetricFamily(
-            "cotune_feedback_events", "Feedback events that are stored.", labels=["model", "type"]
+        name = self._runtime.served_name
+        model = {"model": name}
+        refused = Counter(status.refused_events) + self._unreadable
+        yield _counter(
+            "cotune_feedback_events", "Feedback events that are stored.", ["model", "type"],
+            _by_one(status.events, name),
+        )  # fmt: skip
+        yield _counter(
+            "cotune_feedback_refused", "Feedback that was not taken.", ["model", "code"],
+            _by_one(refused, name),
+        )  # fmt: skip
+        yield _one(
+            _counter, "cotune_feedback_duplicates", "Events sent again.", model, status.duplicates
         )
-        for kind, count in status.events.items():
-            events.add_metric([model["model"], kind], count)
-        yield events
-        refused = CounterMetricFamily(
-            "cotune_feedback_refused", "Feedback that was not taken.", labels=["model", "code"]
-        )
-        for code, count in (Counter(status.refused_events) + self._unreadable).items():
-            refused.add_metric([model["model"], code], count)
-        yield refused
-        yield _counter("cotune_feedback_duplicates", "Events sent again.", model, status.duplicates)
-        yield _gauge(
-            "cotune_feedback_responses", "Responses that can be rated.", model,
+        yield _one(
+            _gauge, "cotune_feedback_responses", "Responses that can be rated.", model,
             status.recorded_responses,
         )  # fmt: skip
-        yield _gauge(
-            "cotune_feedback_connections", "Feedback WebSockets.", {}, self.feedback_connections
-        )
+        yield _one(
+            _gauge, "cotune_feedback_connections", "Feedback WebSockets.", {},
+            self.feedback_connections,
+        )  # fmt: skip
 
     def _learning(self) -> Iterator[Metric]:
         """Did it learn, and is it better? What is not known yet has no sample."""
         adapters = self._runtime.learning().adapters
-        pairs = GaugeMetricFamily(
-            "cotune_pairs", "Preference pairs and rated answers.", labels=["adapter", "state"]
-        )
-        candidates = CounterMetricFamily(
-            "cotune_candidates",
-            "Candidates that passed the gate, or were refused for a reason.",
-            labels=["adapter", "outcome", "reason"],
-        )
-        win_rate = GaugeMetricFamily(
-            "cotune_win_rate",
-            "Share of held-out pairs that the live version, or the base model, gets right.",
-            labels=["adapter", "weights"],
-        )
+        pairs: list[Sample[float]] = []
+        candidates: list[Sample[float]] = []
+        win_rates: list[Sample[float | None]] = []
         for adapter in adapters:
             name = adapter.adapter
-            for state, count in adapter.pairs.items():
-                pairs.add_metric([name, state], count)
-            candidates.add_metric([name, "passed", ""], adapter.candidates_passed)
-            for reason, count in adapter.candidates_refused.items():
-                candidates.add_metric([name, "refused", reason], count)
-            for weights, share in (("live", adapter.win_rate), ("base", adapter.base_win_rate)):
-                if share is not None:
-                    win_rate.add_metric([name, weights], share)
-        yield pairs
-        yield candidates
-        yield win_rate
-        for name, text, field in (
-            ("cotune_training_tokens", "Tokens trained on.", "tokens_trained"),
-            ("cotune_training_steps", "Optimizer steps.", "steps"),
-        ):
-            counter = CounterMetricFamily(name, text, labels=["adapter"])
-            for adapter in adapters:
-                counter.add_metric([adapter.adapter], getattr(adapter, field))
-            yield counter
-        for name, text, field in (
-            ("cotune_training_loss", "Loss of the last step.", "loss"),
-            ("cotune_training_margin", "Chosen minus rejected implicit reward.", "margin"),
-            ("cotune_training_reward_accuracy", "Share of pairs with a margin above 0.",
+            pairs += _by_one(adapter.pairs, name)
+            candidates.append(((name, "passed", ""), adapter.candidates_passed))
+            candidates += _by_one(adapter.candidates_refused, name, "refused")
+            win_rates.append(((name, "live"), adapter.win_rate))
+            win_rates.append(((name, "base"), adapter.base_win_rate))
+        yield _gauge(
+            "cotune_pairs", "Preference pairs and rated answers.", ["adapter", "state"], pairs
+        )
+        yield _counter(
+            "cotune_candidates", "Candidates that passed the gate, or were refused for a reason.",
+            ["adapter", "outcome", "reason"], candidates,
+        )  # fmt: skip
+        yield _gauge(
+            "cotune_win_rate",
+            "Share of held-out pairs that the live version, or the base model, gets right.",
+            ["adapter", "weights"], win_rates,
+        )  # fmt: skip
+        for make, name, text, field in (
+            (_counter, "cotune_training_tokens", "Tokens trained on.", "tokens_trained"),
+            (_counter, "cotune_training_steps", "Optimizer steps.", "steps"),
+            (_counter, "cotune_training_set_downs", "Times that training gave its memory up.",
+             "set_downs"),
+            (_gauge, "cotune_training_loss", "Loss of the last step.", "loss"),
+            (_gauge, "cotune_training_margin", "Chosen minus rejected implicit reward.", "margin"),
+            (_gauge, "cotune_training_reward_accuracy", "Share of pairs with a margin above 0.",
              "reward_accuracy"),
-            ("cotune_training_gradient_norm", "Before clipping.", "gradient_norm"),
-            ("cotune_training_learning_rate", "Of the last step.", "learning_rate"),
-            ("cotune_live_version", "What requests get; 0 is the base model.", "live_version"),
-            ("cotune_live_version_age_seconds", "For how long they have.", "live_age_s"),
+            (_gauge, "cotune_training_gradient_norm", "Before clipping.", "gradient_norm"),
+            (_gauge, "cotune_training_learning_rate", "Of the last step.", "learning_rate"),
+            (_gauge, "cotune_live_version", "What requests get; 0 is the base model.",
+             "live_version"),
+            (_gauge, "cotune_live_version_age_seconds", "For how long they have.", "live_age_s"),
         ):  # fmt: skip
-            gauge = GaugeMetricFamily(name, text, labels=["adapter"])
-            for adapter in adapters:
-                if (value := getattr(adapter, field)) is not None:
-                    gauge.add_metric([adapter.adapter], value)
-            yield gauge
+            by_adapter = {adapter.adapter: getattr(adapter, field) for adapter in adapters}
+            yield make(name, text, ["adapter"], _by_one(by_adapter))
 
     def _as_vllm(self) -> Iterator[Metric]:
         """The same under the names (and with the label) that vLLM has."""
         statistics = self._runtime.statistics()
         cache = statistics.cache
-        model = {"model_name": self._runtime.served_name}
+        name = self._runtime.served_name
+        model = {"model_name": name}
         usage = cache.owned_pages / cache.total_pages if cache.total_pages else 0.0
-        for name, text, value in (
-            ("num_requests_running", "Sequences that hold pages.", statistics.running),
-            ("num_requests_waiting", "Sequences in the queue.", statistics.waiting),
-            ("kv_cache_usage_perc", "Share of KV pages in use; 1 is all.", usage),
-            ("gpu_cache_usage_perc", "The same under its older name.", usage),
-        ):
-            yield _gauge(f"vllm:{name}", text, model, value)
-        for name, text, count in (
-            ("prompt_tokens", "Prompt tokens of admitted requests.", statistics.prompt_tokens),
-            ("generation_tokens", "Tokens generated.", statistics.generated_tokens),
-            ("num_preemptions", "Times a running sequence lost its pages.",
+        yield from _each(
+            _gauge,
+            model,
+            ("vllm:num_requests_running", "Sequences that hold pages.", statistics.running),
+            ("vllm:num_requests_waiting", "Sequences in the queue.", statistics.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of KV pages in use; 1 is all.", usage),
+            ("vllm:gpu_cache_usage_perc", "The same under its older name.", usage),
+        )
+        yield from _each(
+            _counter, model,
+            ("vllm:prompt_tokens", "Prompt tokens of admitted requests.",
+             statistics.prompt_tokens),
+            ("vllm:generation_tokens", "Tokens generated.", statistics.generated_tokens),
+            ("vllm:num_preemptions", "Times a running sequence lost its pages.",
              statistics.preemptions),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.",
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.",
              cache.queried_tokens),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", cache.hit_tokens),
-        ):  # fmt: skip
-            yield _counter(f"vllm:{name}", text, model, count)
-        success = CounterMetricFamily(
-            "vllm:request_success", "Completions that ended.",
-            labels=["model_name", "finished_reason"],
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.",
+             cache.hit_tokens),
         )  # fmt: skip
         by_reason: Counter[str] = Counter()
         for (_, reason), count in self._finished.items():
             by_reason[reason] += count
         # All reasons from the start on, so that rates begin at zero.
-        for reason in ("stop", "length", "abort", "error"):
-            success.add_metric([self._runtime.served_name, reason], by_reason[reason])
-        yield success
-        for name, text, histogram in (
-            ("time_to_first_token_seconds", "Arrival to first token.", self._first_token),
-            ("inter_token_latency_seconds", "Gap between successive tokens.", self._token_gap),
-            ("time_per_output_token_seconds", "The same under its older name.", self._token_gap),
-            ("request_time_per_output_token_seconds", "Mean gap of a completion.", self._mean_gap),
-            ("e2e_request_latency_seconds", "Arrival to finish.", self._e2e),
-            ("request_queue_time_seconds", "Arrival to first scheduled.", self._queue),
-            ("request_prompt_tokens", "Prompt tokens of a completion.", self._prompt_tokens),
-            ("request_generation_tokens", "Tokens of a completion.", self._answer_tokens),
-        ):
-            yield _histogram(f"vllm:{name}", text, model, histogram)
+        shown = {reason: by_reason[reason] for reason in ("stop", "length", "abort", "error")}
+        yield _counter(
+            "vllm:request_success", "Completions that ended.", ["model_name", "finished_reason"],
+            _by_one(shown, name),
+        )  # fmt: skip
+        yield from _each(
+            _histogram, model,
+            ("vllm:time_to_first_token_seconds", "Arrival to first token.", self._first_token),
+            ("vllm:inter_token_latency_seconds", "Gap between successive tokens.",
+             self._token_gap),
+            ("vllm:time_per_output_token_seconds", "The same under its older name.",
+             self._token_gap),
+            ("vllm:request_time_per_output_token_seconds", "Mean gap of a completion.",
+             self._mean_gap),
+            ("vllm:e2e_request_latency_seconds", "Arrival to finish.", self._e2e),
+            ("vllm:request_queue_time_seconds", "Arrival to first scheduled.", self._queue),
+            ("vllm:request_prompt_tokens", "Prompt tokens of a completion.", self._prompt_tokens),
+            ("vllm:request_generation_tokens", "Tokens of a completion.", self._answer_tokens),
+        )  # fmt: skip
 
 
-def _gauge(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=list(labels))
-    family.add_metric(list(labels.values()), value)
+# -- families --------------------------------------------------------------------------------------
+
+
+def _numbers(
+    kind: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    text: str,
+    labels: Sequence[str],
+    samples: Iterable[Sample[float | None]],
+) -> Metric:
+    """A family of counters or gauges; what is None has no sample."""
+    family = kind(name, text, labels=labels)
+    for values, number in samples:
+        if number is not None:
+            family.add_metric(values, number)
     return family
 
 
-def _counter(name: str, text: str, labels: Mapping[str, str], value: float) -> Metric:
-    family = CounterMetricFamily(name, text, labels=list(labels))
-    family.add_metric(list(labels.values()), value)
+_counter = partial(_numbers, CounterMetricFamily)
+_gauge = partial(_numbers, GaugeMetricFamily)
+
+
+def _histogram(
+    name: str, text: str, labels: Sequence[str], samples: Iterable[Sample[Histogram]]
+) -> Metric:
+    """A family of histograms."""
+    family = HistogramMetricFamily(name, text, labels=labels)
+    for values, histogram in samples:
+        histogram.add_to(family, values)
     return family
 
 
-def _histogram(name: str, text: str, labels: Mapping[str, str], histogram: Histogram) -> Metric:
-    family = HistogramMetricFamily(name, text, labels=list(labels))
-    histogram.add_to(family, list(labels.values()))
-    return family
+def _one(make: Maker[T], name: str, text: str, labels: Mapping[str, str], value: T) -> Metric:
+    """A family of one sample."""
+    return make(name, text, list(labels), [(list(labels.values()), value)])
+
+
+def _each(
+    make: Maker[T], labels: Mapping[str, str], *rows: tuple[str, str, T | None]
+) -> Iterator[Metric]:
+    """A family of one sample for each row: name, text, value. What is None has no family."""
+    for name, text, value in rows:
+        if value is not None:
+            yield _one(make, name, text, labels, value)
+
+
+def _by_one(found: Mapping[str, T], *before: str) -> Iterator[Sample[T]]:
+    """A sample for each item; its key is the last label, behind those that are given."""
+    for key, value in found.items():
+        yield (*before, key), value
+
+
+def _cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Counts per bucket as Prometheus wants them: of all that is not above each bound."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True))

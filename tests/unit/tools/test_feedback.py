@@ -17,7 +17,8 @@ from cotune.runtime.learning.events import Edit, Rating, Withdrawal, parse_event
 from cotune.runtime.learning.state_directory import StateDirectory
 from cotune.tools import feedback
 from cotune.tools.cli import main
-from cotune.tools.feedback import FeedbackServerError, ServerDoor
+from cotune.tools.feedback import ServerDoor
+from cotune.tools.live_server import ServerError
 from feedback_values import ADAPTER, open_store, pair, rated
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ async def test_an_export_of_a_server_is_written_as_it_comes(
     async with server.door() as door:
         assert await feedback.export(door, arguments(output=output)) == 0
         assert [row["id"] for row in read_rows(output.read_text())] == ["e1", "e2"]
-        with pytest.raises(FeedbackServerError, match="in the middle of a row"):
+        with pytest.raises(ServerError, match="in the middle of a row"):
             await feedback.export(door, arguments(output=output, adapter="cut off"))
     assert len(read_rows(output.read_text())) == 2, "the whole file is still there"
     assert not output.with_name("rows.jsonl.part").exists()
@@ -331,7 +332,7 @@ async def test_an_error_of_the_server_is_told(
     server.reply = reply
     file = write_rows(tmp_path / "rows.jsonl", PAIRS[:1])
     async with server.door() as door:
-        with pytest.raises(FeedbackServerError, match=message):
+        with pytest.raises(ServerError, match=message):
             await feedback.import_files(door, arguments(files=[file]))
 
 
@@ -341,7 +342,7 @@ async def test_a_server_that_is_not_there_is_told_with_the_remedy() -> None:
     url = str(server.make_url("/"))
     await server.close()
     async with ServerDoor(url, None).open() as door:
-        with pytest.raises(FeedbackServerError, match=r"no server at .*--state-dir"):
+        with pytest.raises(ServerError, match=r"no server at .*--state-dir"):
             await door.delete("ann")
     async with ServerDoor("http://", None).open() as door:
         with pytest.raises(ConfigError, match="use http://HOST:PORT"):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cotune.tools import gpu_check
-from cotune.tools.gpu_check_sections import SECTION_FUNCTIONS, Check
+from cotune.tools.gpu_check_case import Check
+from cotune.tools.gpu_check_sections import SECTION_FUNCTIONS
 from cotune.tools.kernel_overlap import intersect, merge, overlap_of, total
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from cotune.policy import POLICY_NAMES, InferenceOnly, make_policy
 from cotune.policy.costs import Costs, IterationShape
 from cotune.policy.types import Budgets, Chunk, IterationPlan, TrainingPlan
 from cotune.tools.coserve_log import LoggedSample, LoggedTraining
-from cotune.tools.simulation import (
+from cotune.tools.simulation import Simulation
+from cotune.tools.simulation_training import samples_of
+from cotune.tools.simulation_types import (
     Outcome,
-    Simulation,
     SimulationError,
     SimulationResult,
     SimulationSettings,
-    samples_of,
 )
 from cotune.tools.traces import Segment, TraceRequest
 
@@ -416,8 +416,11 @@ class Idle:
 
 
 class Confused:
+    def __init__(self, plan: IterationPlan) -> None:
+        self._plan = plan
+
     def plan(self, observation: Observation) -> IterationPlan:
-        return IterationPlan(admissions=(Chunk(99, 1),))
+        return self._plan
 
 
 def test_a_policy_that_lets_everyone_wait_is_named_as_the_fault() -> None:
@@ -425,9 +428,21 @@ def test_a_policy_that_lets_everyone_wait_is_named_as_the_fault() -> None:
         simulate([request(0.0, 8, 1)], policy=Idle())
 
 
-def test_a_policy_that_plans_for_nobody_is_named_as_the_fault() -> None:
+@pytest.mark.parametrize(
+    "plan",
+    [
+        IterationPlan(admissions=(Chunk(99, 1),)),
+        IterationPlan(prefills=(Chunk(99, 1),)),
+        IterationPlan(decodes=(99,)),
+        IterationPlan(preemptions=(99,)),
+    ],
+)
+def test_a_policy_that_plans_for_nobody_is_named_as_the_fault(plan: IterationPlan) -> None:
     with pytest.raises(SimulationError, match="sequence 99, which is not there"):
-        simulate([request(0.0, 8, 1)], policy=Confused())
+        simulate([request(0.0, 8, 1)], policy=Confused(plan))
+
+
+def test_a_policy_that_starts_what_is_not_offered_is_named_as_the_fault() -> None:
     with pytest.raises(SimulationError, match="offer 5, which is not there"):
         simulate([request(0.0, 8, 1)], LEARNING, Scripted(lambda _: TrainingPlan(start=5)))
 
