@@ -17,6 +17,7 @@ tensor from outside within `work`.
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import torch
@@ -69,6 +70,10 @@ class GraphRecorder:
 
     `torch.cuda.graph` is not used: it synchronises the device and gives back the allocator's
     memory, which the training thread would have to allocate anew.
+
+    The allocator lets nobody record into a pool again once its last recording is gone. So the pool
+    is kept by a recording of next to nothing: one that found no memory, or was dropped, may have
+    been the only other.
     """
 
     name = "CUDA graphs"
@@ -76,30 +81,56 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cuda: Any = torch.cuda  # its graphs and streams have no types
-        self._pool = self._cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._keeper: Any = None  # the recording that keeps the pool
+        self._beside: Any = None  # the stream for recording what runs on the default one
 
     def record(self, work: Callable[[], None]) -> Replay:
         """See `Recorder.record`."""
         current = self._cuda.current_stream(self._device)
         stream = current
         if current == self._cuda.default_stream(self._device):  # it cannot be captured
-            stream = self._cuda.Stream(self._device)
+            # One for all recordings: cuBLAS keeps a workspace for each stream it has seen.
+            if self._beside is None:
+                self._beside = self._cuda.Stream(self._device)
+            stream = self._beside
         stream.wait_stream(current)
-        graph = self._cuda.CUDAGraph()
         with self._cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException as cause:
-                try:
-                    graph.capture_end()
-                except RuntimeError as ended:  # the capture was invalidated by what went wrong
-                    cause.add_note(f"the capture ended with: {ended}")
-                raise
-            graph.capture_end()
+            if self._keeper is None:
+                self._pool = self._cuda.graph_pool_handle()
+                self._keeper = self._capture(lambda: torch.zeros(1, device=self._device))
+            graph = self._capture(work)
         current.wait_stream(stream)
         replay: Replay = graph.replay
         return replay
+
+    def _capture(self, work: Callable[[], object]) -> Any:
+        """A graph of what `work` queues on the current stream."""
+        graph = self._cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException as cause:
+            try:
+                self._end(graph)
+            except RuntimeError as ended:  # the capture was invalidated by what went wrong
+                cause.add_note(f"the capture ended with: {ended}")
+            raise
+        self._end(graph)
+        return graph
+
+    def _end(self, graph: Any) -> None:
+        try:
+            graph.capture_end()
+        except BaseException:
+            # The allocator was not told: it would take the capture for one that is under way, and
+            # give no memory back to the device for the rest of the process.
+            pool, self._pool, self._keeper = self._pool, None, None
+            index = self._device.index or 0
+            with suppress(RuntimeError):  # it was told, and what failed came later
+                self._cuda.memory._cuda_endAllocateToPool(index, pool)
+                self._cuda.memory._cuda_releasePool(index, pool)
+            raise
 
 
 class CallAgain:

@@ -314,6 +314,8 @@ def _exhaust_for_real(lanes: Lanes, training: Training, batch: Batch) -> dict[st
     """A step while next to nothing is free."""
     device = lanes.check.device
     torch.cuda.empty_cache()
+    # Takes again what it needs, before there is nothing left.
+    lanes.inference.run_sync(batch.decode, 2)
     free, _total = torch.cuda.mem_get_info(device)
     hog = torch.empty(max(0, free - 96 * MIB), dtype=torch.uint8, device=device)
     before = len(training.reports)

@@ -11,7 +11,7 @@ from .batch import PackedBatch, Rows
 from .plain import HeadShape, LayerAttention, PlainKernels, RotaryTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -26,51 +26,63 @@ def choose_kernels(
     Args:
         layers: how each layer attends; the check covers every kind that occurs.
     """
-    count = len(layers)
-    candidate: PlainKernels | None = None
-    try:
-        if device.type == "cpu":
+    kinds = {(layer.scaling, layer.softcap, layer.window): layer for layer in layers}
+    for kernels in _fast(shape, layers, dtype, device):
+        candidate = kernels(shape, layers=len(layers), dtype=dtype, device=device)
+        try:
+            difference = max(compare(candidate, layer) for layer in kinds.values())
+        except Exception as error:  # noqa: BLE001 - compilers raise anything; the plain form runs
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("%s does not run on this device: %s", candidate.name, reason)
+            continue
+        if difference < _TOLERANCE[dtype]:
+            candidate.allocate(0)
+            return candidate
+        logger.warning(
+            "%s differs from plain torch by %.2g on this device and is not used",
+            candidate.name,
+            difference,
+        )
+    return PlainKernels(shape, layers=len(layers), dtype=dtype, device=device)
+
+
+def _fast(
+    shape: HeadShape, layers: Sequence[LayerAttention], dtype: torch.dtype, device: torch.device
+) -> Iterator[type[PlainKernels]]:
+    """What could be used here, the best first."""
+    if device.type == "cpu":
+        try:
             from .cpu import CpuKernels
-
+        except (ImportError, RuntimeError) as error:
+            logger.warning("the fast kernels do not run on this device: %s", error)
+        else:
             if CpuKernels.supports(shape, dtype):
-                candidate = CpuKernels(shape, layers=count, dtype=dtype, device=device)
-        elif device.type == "cuda":
-            from .cuda import CudaKernels
+                yield CpuKernels
+    elif device.type == "cuda":
+        from .cuda import CudaKernels
+        from .paged_triton import TritonKernels
 
-            if CudaKernels.supports(shape, dtype):
-                candidate = CudaKernels(shape, layers=count, dtype=dtype, device=device)
-        if candidate is not None:
-            kinds = {(layer.scaling, layer.softcap, layer.window): layer for layer in layers}
-            for layer in kinds.values():
-                difference = compare(candidate, layer)
-                if not difference < _TOLERANCE[dtype]:
-                    logger.warning(
-                        "%s differ from plain torch by %.2g on this device and are not used",
-                        candidate.name,
-                        difference,
-                    )
-                    candidate = None
-                    break
-    except (ImportError, RuntimeError, NotImplementedError, TypeError) as error:
-        logger.warning("the fast kernels do not run on this device: %s", error)
-        candidate = None
-    if candidate is None:
-        return PlainKernels(shape, layers=count, dtype=dtype, device=device)
-    candidate.allocate(0)
-    return candidate
+        # A layer that caps its scores would run the plain form there, which cannot be recorded.
+        if CudaKernels.supports(shape, dtype) and not any(layer.softcap for layer in layers):
+            yield CudaKernels
+        if TritonKernels.supports(shape, dtype):
+            yield TritonKernels
 
 
 def compare(candidate: PlainKernels, layer: LayerAttention) -> float:
-    """The largest difference to the plain form over a mixed step after a prefill.
+    """The largest difference to the plain form: a prefill, a mixed step, and decodes alone.
 
-    The step has decodes and a chunk, contexts at and around page boundaries, and pages in no
-    order.
+    The mixed step has decodes and a chunk, contexts at and around page boundaries, and pages in no
+    order; on a card, where long contexts may be cut, a long one as well.
     """
     shape, dtype, device = candidate.shape, candidate.dtype, candidate.device
     plain = PlainKernels(shape, layers=candidate.layers, dtype=dtype, device=device)
     plain.page_size = candidate.page_size
     size = candidate.page_size
     steps = [(size - 1, 1), (size, 1), (2 * size + 3, 1), (size + 5, size + 7)]
+    if device.type == "cuda":
+        steps.append((1200, 1))
+    decodes = [(start + new - 1, 1) for start, new in steps]
     tables, pages = _scatter(steps, size)
     for kernels in (candidate, plain):
         kernels.allocate(pages)
@@ -79,7 +91,7 @@ def compare(candidate: PlainKernels, layer: LayerAttention) -> float:
     angles = torch.rand(max(sum(step) for step in steps), half, generator=generator)
     rotary = RotaryTable(angles.cos().to(device), angles.sin().to(device))
     difference = 0.0
-    for lengths in ([(0, start) for start, _ in steps], steps):
+    for lengths in ([(0, start) for start, _ in steps], steps, decodes):
         batch = _batch(lengths, tables, size, device)
         qkv = torch.randn(batch.rows.count, shape.qkv_width, generator=generator)
         results = []

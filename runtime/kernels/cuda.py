@@ -1,10 +1,11 @@
 """Attention on CUDA by torch's own paged variable-length attention.
 
-`torch.nn.attention.varlen.varlen_attn` reads keys and values through a block table. Its layout is
-that of `plain.py`, (P, S, K, D). Flash Attention 2, which torch brings, wants pages of 256 tokens;
-3 takes any size, and is used where the process has activated it (it is a package of its own, see
-`torch.nn.attention.activate_flash_attention_impl`). Neither has soft-capping here; layers that cap
-their scores run the plain form.
+`torch.nn.attention.varlen.varlen_attn` reads keys and values through a block table; torch 2.11's
+does not yet, and `paged_triton.py` stands in. Its layout is that of `plain.py`, (P, S, K, D). Flash
+Attention 2, which torch brings, wants pages of 256 tokens; 3 takes any size, and is used where the
+process has activated it (it is a package of its own, see
+`torch.nn.attention.activate_flash_attention_impl`). Neither has soft-capping here: such models go
+to Triton as well.
 
 This file was written against the documentation and has been run only where docs/measurements
 says so. `choose.py` holds it against the plain form on the card at hand before it is used.
@@ -12,6 +13,7 @@ says so. `choose.py` holds it against the plain form on the card at hand before 
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,10 +50,11 @@ class CudaKernels(PlainKernels):
         if dtype not in (torch.float16, torch.bfloat16) or shape.head_dim > 256:
             return False
         try:
-            from torch.nn.attention import varlen  # noqa: F401
+            from torch.nn.attention.varlen import varlen_attn
         except ImportError:
             return False
-        return shape.head_dim % 8 == 0
+        is_paged = "block_table" in inspect.signature(varlen_attn).parameters
+        return is_paged and shape.head_dim % 8 == 0
 
     def can_record(self, layer: LayerAttention) -> bool:
         """As the plain form."""

@@ -27,6 +27,9 @@ ATTENTION = "cotune_training"
 BLOCK_BYTES = 8 << 20
 """Most bytes of float32 scores at a time, though never fewer than 16 queries."""
 
+_ON_A_CARD = 8
+"""Times as many there: each block costs some thirty launches."""
+
 
 class AttentionShape(NamedTuple):
     """What a layer asks for: a factor on the scores, a sliding window, a soft cap (0: none)."""
@@ -78,7 +81,8 @@ class AttentionPlan:
         for segment in self._segments:
             prefix_keys = segment.prefix_stop - segment.prefix
             keys = prefix_keys + segment.stop - segment.start
-            size = max(16, BLOCK_BYTES // (4 * heads * keys))
+            most = BLOCK_BYTES * (_ON_A_CARD if masks.device.type == "cuda" else 1)
+            size = max(16, most // (4 * heads * keys))
             for start in range(segment.start, segment.stop, size):
                 stop = min(start + size, segment.stop)
                 # Positions, counted from the first key of the prefix.
@@ -95,18 +99,18 @@ class _Masks:
 
     def __init__(self, sharing: int, window: int, dtype: torch.dtype, device: torch.device) -> None:
         self._sharing, self._window = sharing, window
-        self._dtype, self._device = dtype, device
+        self._dtype, self.device = dtype, device
         self._known: dict[tuple[int, int], torch.Tensor] = {}
 
     def get(self, queries: int, keys: int) -> torch.Tensor:
         """(sharing * queries, keys): hidden is what is after a query, or before its window."""
         if (queries, keys) not in self._known:
-            at = torch.arange(keys - queries, keys, device=self._device).unsqueeze(1)
-            seen = torch.arange(keys, device=self._device).unsqueeze(0)
+            at = torch.arange(keys - queries, keys, device=self.device).unsqueeze(1)
+            seen = torch.arange(keys, device=self.device).unsqueeze(0)
             hidden = seen > at
             if self._window:
                 hidden |= seen <= at - self._window
-            mask = torch.zeros(queries, keys, dtype=self._dtype, device=self._device)
+            mask = torch.zeros(queries, keys, dtype=self._dtype, device=self.device)
             mask = mask.masked_fill_(hidden, float("-inf")).repeat(self._sharing, 1)
             self._known[queries, keys] = mask
         return self._known[queries, keys]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 8 << 20
 """Most bytes of float32 logits at a time."""
 
+_ON_A_CARD = 16
+"""Times as many there: each chunk reads the whole head, twice."""
+
 # How far the closed form may be from the model's own logits, as a share of their norm.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -247,7 +250,8 @@ class _CompletionLogps(torch.autograd.Function):
         anchor: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         needs_gradient = bool(ctx.needs_input_grad[0])
-        chunk = max(16, CHUNK_BYTES // (4 * head.vocab_size))
+        most = CHUNK_BYTES * (_ON_A_CARD if hidden.is_cuda else 1)
+        chunk = max(16, most // (4 * head.vocab_size))
         results = [
             head.rows(
                 hidden[rows],
