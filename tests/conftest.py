@@ -6,6 +6,8 @@ hub: tests make their models in code and must not depend on a network.
 State: a runtime that learns keeps it in the home directory unless told otherwise; here each test
 has a home of its own for that. Caches, such as profiles, are shared by the whole run.
 
+Hypothesis does not judge how long an example takes: that is the machine's doing, and its load's.
+
 Tests marked `slow` run with ``-m slow``; those marked `gpu` run where there is a CUDA device.
 """
 
@@ -15,6 +17,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+settings.register_profile(
+    "any machine", settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

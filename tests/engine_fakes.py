@@ -224,7 +224,7 @@ class GatedLane:
 
 
 @asynccontextmanager
-async def supervised(*lanes: GatedLane, limit_s: float = 10.0) -> AsyncIterator[asyncio.TaskGroup]:
+async def supervised(*lanes: GatedLane, limit_s: float = 60.0) -> AsyncIterator[asyncio.TaskGroup]:
     """A task group for callers of these lanes. Its end opens them, so that no task waits on."""
     async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
         try:

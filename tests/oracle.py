@@ -11,6 +11,8 @@ What is asked of an answer, however it was batched, paged, chunked, shared or pr
 - A greedy token is the most likely one there, or less than `Tolerance.gap` behind it: two correct
   orders of the same sums may then choose differently.
 - Up to the first step that is so close, the tokens are those of ``model.generate``.
+- A drawn token is the one in whose stretch of transformers' cumulative distribution the step's
+  random number lies, or lies but for the tolerance.
 
 A judge that never decides proves nothing: `check_decisive` asserts that nearly all steps were
 decided by more than the tolerance.
@@ -21,14 +23,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from cotune.runtime.randomness import stream_key, uniforms
 from tiny_models import quiet_transformers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cotune import Response
+    from cotune import Response, SamplingParams
     from cotune.runtime.types import TokenLogprob
 
 
@@ -154,6 +158,28 @@ class Oracle:
         self, response: Response, max_tokens: int, *, ignore_eos: bool = False
     ) -> None:
         """An answer that was asked for with temperature 0 and these parameters."""
+        sure = self._check_best(response)
+        options = {"eos_token_id": None} if ignore_eos else {}
+        # Like this forward, `generate` decides clearly up to the first close call.
+        if sure == len(response.token_ids):
+            self._check_generated(response, max_tokens, options)
+        elif sure:
+            wanted = self.generate(response.prompt_token_ids, sure, **options)
+            assert list(response.token_ids[:sure]) == wanted.tokens
+
+    def check_choices(self, response: Response, params: SamplingParams) -> int:
+        """An answer that is greedy, or drawn with a temperature and a seed and nothing else.
+
+        Returns:
+            how many of its tokens come before the first close call: every correct computation
+            chooses those.
+        """
+        if params.temperature == 0.0:
+            return self._check_best(response)
+        return self._check_drawn(response, params)
+
+    def _check_best(self, response: Response) -> int:
+        """Every token is the most likely one, or close; how many before the first close call."""
         expected = self.check(response)
         best, second = expected.topk(2).values.unbind(-1)
         chosen = expected.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
@@ -165,14 +191,25 @@ class Oracle:
         leads = best - second
         self._steps += len(leads)
         self._decided += int((leads > self.tolerance.gap).sum())
-        options = {"eos_token_id": None} if ignore_eos else {}
-        # Like this forward, `generate` decides clearly up to the first close call.
-        sure = _before_close_call(leads.tolist(), self.tolerance.gap)
-        if sure == len(leads):
-            self._check_generated(response, max_tokens, options)
-        elif sure:
-            wanted = self.generate(response.prompt_token_ids, sure, **options)
-            assert list(response.token_ids[:sure]) == wanted.tokens
+        return _before_close_call(leads.tolist(), self.tolerance.gap)
+
+    def _check_drawn(self, response: Response, params: SamplingParams) -> int:
+        """The same of draws."""
+        assert params.temperature is not None
+        assert params.seed is not None
+        weights = (self.check(response).double() / params.temperature).softmax(-1)
+        ends = weights.cumsum(-1)
+        keys = np.full(len(ends), stream_key(params.seed, response.index), np.uint64)
+        numbers = torch.from_numpy(uniforms(keys, np.arange(len(ends)), 0))[:, None]
+        # If no log-probability is off by more than e, a sum p of probabilities is off by no more
+        # than 2 e p (1 - p), which is e / 2 at most.
+        slack = self.tolerance.logprob / params.temperature / 2
+        chosen = torch.tensor(response.token_ids)[:, None]
+        after = numbers - (ends - weights).gather(1, chosen)
+        before = ends.gather(1, chosen) - numbers
+        assert bool((after >= -slack).all()), "a token was drawn that comes later"
+        assert bool((before >= -slack).all()), "a token was drawn that had passed"
+        return _before_close_call(torch.minimum(after, before)[:, 0].tolist(), slack)
 
     def check_edited(self, response: Response, max_tokens: int, **options: Any) -> int:
         """A greedy answer whose logits were edited, as ``generate(**options)`` edits them.

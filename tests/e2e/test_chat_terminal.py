@@ -68,8 +68,10 @@ class Terminal:
 
     def __init__(self, *argv: str) -> None:
         self._end, inner = pty.openpty()
-        # A session of its own, so that the terminal is its controlling one and Ctrl-C a signal.
-        code = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        # A session of its own, so that the terminal is its controlling one and Ctrl-C a signal; one
+        # that is heeded, as what a shell starts in the background ignores it.
+        code = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+        code += "; signal.signal(signal.SIGINT, signal.SIG_DFL)"
         code += "; os.execv(sys.argv[1], sys.argv[1:])"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, sys.executable, *argv],
@@ -100,7 +102,7 @@ class Terminal:
         deadline_s = time.monotonic() + WAIT_S
         while time.monotonic() < deadline_s:
             self.type(CTRL_C)
-            if self._fill(text, 1.0):
+            if self._fill(text, 10.0):
                 break
         return self.read_until(text)
 
@@ -109,7 +111,7 @@ class Terminal:
         deadline_s = time.monotonic() + wait_s
         while text not in self._unread:
             left_s = deadline_s - time.monotonic()
-            if not select.select([self._end], [], [], max(0.0, left_s))[0]:
+            if left_s < 0.0 or not select.select([self._end], [], [], left_s)[0]:
                 return False
             try:
                 self._unread += os.read(self._end, 1 << 16).decode()

@@ -249,26 +249,36 @@ async def test_a_server_that_does_not_learn_refuses_the_handshake() -> None:
         assert await connect(server) == 400
 
 
-async def test_a_quiet_connection_gets_pings_and_lives_on_their_pongs() -> None:
+async def test_a_quiet_connection_gets_pings_and_lives_on_their_pongs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     learning = NullLearning("null")
+    loop = asyncio.get_running_loop()
+    time, skipped_s = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: time() + skipped_s)
     async with (
         NullRuntime(learning=learning) as runtime,
-        serving(runtime, heartbeat_s=0.4) as server,
+        serving(runtime, heartbeat_s=60.0) as server,
         http(server) as client,
         client.ws_connect(PATH, autoping=False) as ws,
     ):
         for _ in range(2):
+            skipped_s += 61.0
             message = await ws.receive()
             assert message.type is WSMsgType.PING
             await ws.pong(message.data)
-        await ws.ping(b"and you?")
-        message = await ws.receive()
-        assert (message.type, message.data) == (WSMsgType.PONG, b"and you?")
+            await ws.ping(b"and you?")  # what answers this has seen the pong
+            message = await ws.receive()
+            assert (message.type, message.data) == (WSMsgType.PONG, b"and you?")
         await ws.send_json(preference("a"))
         assert (await ws.receive_json())["type"] == "ack"
         # Without a pong it is over.
-        while message.type is not WSMsgType.CLOSED:
-            message = await ws.receive()
+        skipped_s += 61.0
+        message = await ws.receive()
+        assert message.type is WSMsgType.PING
+        skipped_s += 31.0
+        while (await ws.receive()).type is not WSMsgType.CLOSED:
+            pass
 
 
 async def test_a_client_that_lost_its_connection_sends_again_and_nothing_counts_twice() -> None:

@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 
 from cotune import Runtime
 from cotune.tools.null_runtime import NullRuntime
+from step_spy import StepSpy
 from tiny_models import save_lora, save_model_directory, tiny_model
 from web_server import serving
 
@@ -516,9 +517,10 @@ async def test_sixty_four_at_once_get_the_answers_they_would_get_alone(service: 
 
 @pytest.mark.parametrize("kind", ["null", "tiny"])
 async def test_a_full_queue_is_a_rate_limit_with_a_time_to_come_back(
-    kind: str, tmp_path: Path
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime: Any
+    spy = StepSpy(monkeypatch)
     if kind == "null":
         runtime = NullRuntime(served_name="tiny", max_requests=2, manual=True)
     else:
@@ -530,6 +532,7 @@ async def test_a_full_queue_is_a_rate_limit_with_a_time_to_come_back(
         serving(runtime) as server,
         AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
     ):
+        spy.gate.clear()  # nobody ends before all have asked
         many = [
             client.chat.completions.create(
                 model="tiny",
@@ -547,9 +550,11 @@ async def test_a_full_queue_is_a_rate_limit_with_a_time_to_come_back(
                 await (await task).close()
             except openai.RateLimitError as error:
                 refused.append(error)
-            if kind == "null" and len(refused) == 4:
-                runtime.step()  # the two that were admitted get their first token
-        assert refused
+            if len(refused) == 4:  # the two that were admitted get their first token
+                spy.gate.set()
+                if kind == "null":
+                    runtime.step()
+        assert len(refused) >= 4
         for refusal in refused:
             assert refusal.code == "overloaded"
             assert int(refusal.response.headers["Retry-After"]) >= 1

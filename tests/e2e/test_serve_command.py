@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-START_S = 120
+START_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_it_says_when_it_is_ready_and_a_signal_lets_the_running_answer_finish(
     config = tmp_path / "serve.yaml"
     config.write_text(
         f"model: {model}\nport: 1\nthreads: 1\nnum-gpu-blocks-override: 64\nblock-size: 16\n"
-        f"lora-modules: {{tutor: {adapter}}}\n"
+        f"lora-modules: {{tutor: {adapter}}}\nshutdown-timeout: {START_S}\n"
     )
     with command("--config", str(config), "--port", "0", COTUNE_API_KEY="key") as process:
         assert process.stdout is not None

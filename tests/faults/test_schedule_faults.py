@@ -48,7 +48,7 @@ MIB = 1 << 20
 TOTAL = 1024 * MIB
 MARGIN = round(0.04 * TOTAL)
 """What is left alone of so much memory."""
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 NAME = "tiny"
 CLIENTS = 3
 EVENTS = 24

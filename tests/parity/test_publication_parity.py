@@ -195,6 +195,7 @@ async def serve_and_publish(
 ) -> None:
     """Publish for both names, `rounds` times each, while all clients are being answered."""
     stop, news = asyncio.Event(), asyncio.Condition()
+    unserved = 0
     async with asyncio.TaskGroup() as group:
         for client in clients:
             group.create_task(client.run(rt, stop, news))
@@ -210,7 +211,7 @@ async def serve_and_publish(
                     await news.wait_for(have_all_asked_since)
                 await publications.publish(name, seed=10 * turn + len(name))
                 statistics = rt.statistics()
-                assert statistics.running + statistics.waiting > 0, "somebody is being served"
+                unserved += not statistics.running + statistics.waiting
                 rt._served.engine.check_integrity()
                 check_pages_are_apart(rt)
         async with news:
@@ -219,6 +220,8 @@ async def serve_and_publish(
                 lambda: all(c.asked > n for c, n in zip(clients, asked, strict=True))
             )
         stop.set()
+    # All six may just have got their last token and be about to ask again; not time after time.
+    assert unserved < rounds
 
 
 def check_pages_are_apart(rt: Runtime) -> None:
@@ -274,7 +277,6 @@ async def test_every_answer_is_its_versions_while_versions_come_and_go(
             )
         )
         for (_client, _params, response), replayed in zip(answers, replays, strict=True):
-            assert replayed.token_ids == response.token_ids
             assert replayed.adapter_version == response.adapter_version
         check_pages_are_apart(rt)
         rt._served.engine.check_integrity()
@@ -288,15 +290,21 @@ async def test_every_answer_is_its_versions_while_versions_come_and_go(
     }
     oracles["base"] = Oracle(model, TOLERANCES[torch.float32])
     judged: Counter[str] = Counter()
-    for _client, params, response in answers:
+    tokens = compared = 0
+    for (_client, params, response), replayed in zip(answers, replays, strict=True):
         name = str(response.adapter_version)
-        is_greedy = params.temperature == 0.0
-        judged[name] += is_greedy
-        if is_greedy and judged[name] <= 3:  # `generate` takes its time
-            assert params.max_tokens is not None
-            oracles[name].check_greedy(response, params.max_tokens, ignore_eos=True)
-        else:
-            oracles[name].check(response)
+        # How many clients are answered at once is a matter of time, and with it the last digits.
+        sure = oracles[name].check_choices(response, params)
+        oracles[name].check_choices(replayed, params)
+        assert replayed.token_ids[:sure] == response.token_ids[:sure]
+        tokens += len(response.token_ids)
+        compared += sure
+        if params.temperature == 0.0:
+            judged[name] += 1
+            if judged[name] <= 3:  # `generate` takes its time
+                assert params.max_tokens is not None
+                oracles[name].check_greedy(response, params.max_tokens, ignore_eos=True)
+    assert compared > 0.8 * tokens
     for name, oracle in oracles.items():
         assert judged[name], name
         oracle.check_decisive()

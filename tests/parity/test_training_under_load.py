@@ -73,7 +73,7 @@ class Interleaved(Safepoints):
             if not self._is_asked:
                 return
             before = self._began
-            if not self._news.wait_for(lambda: self._began > before, timeout=30.0):
+            if not self._news.wait_for(lambda: self._began > before, timeout=120.0):
                 raise TimeoutError("training goes on, but the device runs no iteration any more")
             self.met += 1
 

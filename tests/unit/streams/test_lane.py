@@ -158,9 +158,21 @@ async def test_a_job_whose_caller_was_cancelled_before_it_began_still_runs(lane:
 
 async def test_a_timeout_around_a_job_is_a_timeout_once_the_job_has_ended(lane: Lane) -> None:
     gate = Gate()
-    asyncio.get_running_loop().call_later(0.05, gate.release.set)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(lane.run(gate), 0.01)
+
+    async def release_after(limit: asyncio.Timeout) -> None:
+        while not limit.expired():  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0)
+        gate.release.set()
+
+    async def run_in_time(group: asyncio.TaskGroup) -> None:
+        async with asyncio.timeout(0.01) as limit:
+            group.create_task(release_after(limit))
+            await lane.run(gate)
+
+    async with asyncio.TaskGroup() as group:
+        with pytest.raises(TimeoutError):
+            await run_in_time(group)
+    assert lane.statistics().jobs == 1
     assert lane.statistics().pending == 0
 
 
@@ -274,7 +286,7 @@ async def test_statistics_count_jobs_and_the_time_they_took(lane: Lane) -> None:
         await lane.run(lambda: 1 // 0)
     statistics = lane.statistics()
     assert statistics.jobs == 2
-    assert 0.02 <= statistics.busy_s < 5
+    assert 0.02 <= statistics.busy_s < 60
     assert statistics.pending == 0
 
 

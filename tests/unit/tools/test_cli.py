@@ -4,7 +4,6 @@ import argparse
 import logging
 import subprocess
 import sys
-import time
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -227,16 +226,20 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert "Traceback" not in errors
 
 
-def test_help_comes_at_once() -> None:
-    def seconds() -> float:
-        began_s = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "cotune.tools.cli", "serve", "--help"],
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-        return time.monotonic() - began_s
-
-    # 0.15 s on a quiet machine. Importing torch alone takes a second, which is what this is about.
-    assert min(seconds() for _ in range(3)) < 0.8
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["serve", "--help"], ["chat", "--help"]], ids=" ".join
+)
+def test_help_comes_at_once(argv: list[str]) -> None:
+    """In 0.15 s on a quiet machine. Importing torch alone takes a second, so that is what counts:
+    what is slow to import is imported for what runs, and not to tell of it.
+    """
+    code = "import sys; from cotune.tools.cli import main\n"
+    code += "try: main(sys.argv[1:])\n"
+    code += "finally: print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
+    )
+    assert "usage: cotune" in done.stdout
+    loaded = {name.split(".")[0] for name in done.stderr.split()}
+    assert "argparse" in loaded
+    assert not loaded & {"aiohttp", "matplotlib", "numba", "numpy", "peft", "torch", "transformers"}

@@ -82,7 +82,10 @@ async def keys(store: FeedbackStore, **kwargs: Any) -> list[int]:
 
 
 class GatedBackend(SqliteBackend):
-    """Waits at the start of each transaction while the test holds the gate."""
+    """Waits at the start of each transaction while the test holds the gate; fails where it says."""
+
+    fail_add: Callable[[], Exception | None] = staticmethod(lambda: None)
+    fail_counts: Callable[[], Exception | None] = staticmethod(lambda: None)
 
     def __init__(self, path: Path, on_begin: Callable[[], object]) -> None:
         super().__init__(path)
@@ -98,6 +101,16 @@ class GatedBackend(SqliteBackend):
         self.gate.wait()
         with super().transaction(durable=durable):
             yield
+
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        super().add(*args, **kwargs)
+        if error := self.fail_add():
+            raise error
+
+    def counts(self) -> Any:
+        if error := self.fail_counts():
+            raise error
+        return super().counts()
 
 
 class Gated:
@@ -125,6 +138,15 @@ class Gated:
 
     def let_go(self) -> None:
         self.backends[0].gate.set()
+
+    async def let_go_to_the_next(self) -> None:
+        """Open the gate and wait until the writer has taken the group after the one it holds.
+
+        What is handed in later is not in it.
+        """
+        self._has_begun.clear()
+        self.let_go()
+        await self._has_begun.wait()
 
 
 # -- responses -----------------------------------------------------------------------------------
@@ -624,10 +646,10 @@ async def test_records_alone_do_not_wait_for_the_disk(path: Path) -> None:
         held = await gated.hold()
         before = len(gated.backends[0].groups)
         store.record(response())
-        gated.let_go()
+        await gated.let_go_to_the_next()
         await held
         await store.response("r1")
-        assert gated.backends[0].groups[before] is False
+        assert gated.backends[0].groups[before:] == [False, True]
 
 
 async def test_a_full_queue_refuses_events_and_drops_records_but_not_the_learner(
@@ -714,37 +736,21 @@ async def test_a_call_that_was_cancelled_is_carried_out_all_the_same(path: Path)
         assert (await rate(store, "ann", "e1")).duplicate
 
 
-class FailingBackend(SqliteBackend):
-    """Fails where the test says."""
-
-    fail_add: Callable[[], Exception | None] = staticmethod(lambda: None)
-    fail_counts: Callable[[], Exception | None] = staticmethod(lambda: None)
-
-    def add(self, *args: Any, **kwargs: Any) -> None:
-        super().add(*args, **kwargs)
-        if error := self.fail_add():
-            raise error
-
-    def counts(self) -> Any:
-        if error := self.fail_counts():
-            raise error
-        return super().counts()
-
-
 async def test_an_operation_that_fails_takes_no_other_with_it(path: Path) -> None:
-    backend: list[FailingBackend] = []
-
-    def make() -> FailingBackend:
-        backend.append(FailingBackend(path))
-        return backend[0]
-
-    async with FeedbackStore(make, FeedbackConfig(quota_events=2), clock=Clock()) as store:
+    gated = Gated(path, FeedbackConfig(quota_events=2))
+    async with gated.store as store:
         calls = iter([None, StorageError("no"), None, KeyError("bug")])
-        backend[0].fail_add = lambda: next(calls, None)
+        gated.backends[0].fail_add = lambda: next(calls, None)
         # The group fails with its second event; alone, the second of those that come again fails.
-        done = await asyncio.gather(
+        held = await gated.hold()
+        both = asyncio.gather(
             *(rate(store, "ann", f"e{i}") for i in range(2)), return_exceptions=True
         )
+        await asyncio.sleep(0)
+        assert store.counts().pending == 2, "one group"
+        gated.let_go()
+        await held
+        done = await both
         assert [type(outcome).__name__ for outcome in done] == ["Acknowledgement", "KeyError"]
         assert store.counts().events == {"rating": 1}
         assert not (await rate(store, "ann", "e1")).duplicate, "the quota was given back"
@@ -755,14 +761,9 @@ async def test_an_operation_that_fails_takes_no_other_with_it(path: Path) -> Non
 async def test_a_writer_that_breaks_leaves_nobody_waiting(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend: list[FailingBackend] = []
-
-    def make() -> FailingBackend:
-        backend.append(FailingBackend(path))
-        return backend[0]
-
-    async with asyncio.timeout(30), FeedbackStore(make, FeedbackConfig()) as store:
-        backend[0].fail_counts = lambda: RuntimeError("broken")
+    gated = Gated(path, FeedbackConfig())
+    async with asyncio.timeout(30), gated.store as store:
+        gated.backends[0].fail_counts = lambda: RuntimeError("broken")
         with pytest.raises(RuntimeError, match="broken"):
             await rate(store, "ann", "e1")
         await expect_draining(rate(store, "ann", "e2"))

@@ -33,12 +33,12 @@ def test_a_held_thread_waits_until_released_and_the_wait_is_measured() -> None:
     safepoints.hold()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(safepoints.wait)
-        assert clock.was_read.acquire(timeout=10)
+        assert clock.was_read.acquire(timeout=60)
         held = safepoints.statistics()
         assert not waiting.done()
         clock.now_s = 2.5
         safepoints.release()
-        waiting.result(timeout=10)
+        waiting.result(timeout=60)
     assert (held.is_held, held.waits, held.waiting, held.waited_s) == (True, 1, 1, 0.0)
     after = safepoints.statistics()
     assert (after.is_held, after.waits, after.waiting, after.waited_s) == (False, 1, 0, 2.5)
@@ -59,9 +59,9 @@ def test_closing_releases_who_waits_and_no_later_hold_has_effect() -> None:
     safepoints.hold()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(safepoints.wait)
-        assert clock.was_read.acquire(timeout=10)
+        assert clock.was_read.acquire(timeout=60)
         safepoints.close()
-        waiting.result(timeout=10)
+        waiting.result(timeout=60)
     safepoints.hold()
     assert not safepoints.statistics().is_held
     safepoints.wait()
@@ -76,9 +76,9 @@ def test_one_release_frees_every_thread(threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         waiting = [pool.submit(safepoints.wait) for _ in range(threads)]
         for _ in waiting:
-            assert clock.was_read.acquire(timeout=10)
+            assert clock.was_read.acquire(timeout=60)
         assert safepoints.statistics().waiting == threads
         safepoints.release()
         for future in waiting:
-            future.result(timeout=10)
+            future.result(timeout=60)
     assert safepoints.statistics().waiting == 0
