@@ -798,14 +798,14 @@ class Engine:
     def _start(self, seq: SequenceState) -> SlotGrant | None:
         """Give a waiting sequence its slot and pages for all tokens it knows. None: not now."""
         request = seq.request
-        grant = self._adapters.acquire(request.version)
-        if grant is None:
-            return None
         pages = self._cache.open(request.version, seq.cacheable)
         if not self._cache.reserve(pages, len(seq.tokens)):
             self._cache.close(pages)
-            self._adapters.release(request.version)
             self._was_corrected |= self._waiting.correct(seq)
+            return None
+        grant = self._adapters.acquire(request.version)
+        if grant is None:
+            self._cache.close(pages)
             return None
         self._leave_queue(seq)
         seq.status = Status.RUNNING

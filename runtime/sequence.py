@@ -283,13 +283,18 @@ class SequenceState:
         return self.tokens
 
     def due_s(self, budgets: Budgets) -> float:
-        """When its next token is due, on the engine's clock; infinite where it has no target."""
+        """When its next token is due, on the engine's clock; infinite where it has no target.
+
+        One that gave way has missed its TBT target already: it is to be back within that of a
+        first token, which can be kept, and keeps its place among those that can keep theirs.
+        """
         request = self.request
         if not request.has_targets:
             return math.inf
-        if self.token_times:
-            return self.token_times[-1] + budgets.tbt_s
-        return request.arrival_s + budgets.ttft_s
+        if not self.token_times:
+            return request.arrival_s + budgets.ttft_s
+        is_decoding = self.computed == len(self.tokens) - 1
+        return self.token_times[-1] + (budgets.tbt_s if is_decoding else budgets.ttft_s)
 
     def append(self, token_id: int, now_s: float) -> None:
         """Take a sampled token and see whether it is the last.

@@ -15,6 +15,7 @@ engine's would.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from typing import TYPE_CHECKING, Final
 
@@ -41,7 +42,7 @@ class SimulatedSequence:
         number: names it to the policy.
         request: as it came.
         keys: of its pages, those of tokens to come included; empty: nothing is shared.
-        due_s: when its first token is.
+        due_s: when its next token is.
         sample: that can be trained on once this has ended; None: it is nobody's reference.
     """
 
@@ -237,6 +238,8 @@ class SequenceTable:
         self.preemptions += 1
         self._release(seq)
         seq.computed = 0
+        if seq.generated and seq.due_s != math.inf:  # to be back as if it were its first token
+            seq.due_s += self._budgets.ttft_s - self._budgets.tbt_s
         self._enqueue(seq)
 
     def remove(self, seq: SimulatedSequence) -> None:

@@ -49,6 +49,10 @@ AHEAD_TOLERANCE = 0.1
 this share of τ_mem has gone meanwhile."""
 OVERHEAD_RATE = 0.05
 """How fast the time that planning and committing take is learned: a share per iteration."""
+OVERHEAD_MOST = 4.0
+"""What took more than so many times the usual was an accident, and counts as that."""
+OVERHEAD_LEAST_S = 0.002
+"""Less than this never is."""
 
 
 class Decision(NamedTuple):
@@ -344,6 +348,9 @@ class Scheduler:
             self._costs.observe_iteration(shape, seconds, beside_training=beside)
             overhead_s = (self._handed_s - self._adopted_s) + (now_s - returned_s)
             if not self._is_delayed:
+                if self._overhead_s:
+                    most_s = max(OVERHEAD_LEAST_S, OVERHEAD_MOST * self._overhead_s)
+                    overhead_s = min(overhead_s, most_s)
                 self._overhead_s += OVERHEAD_RATE * (overhead_s - self._overhead_s)
             if self._costs.is_stale != self._is_stale:
                 self._note_staleness()

@@ -404,6 +404,24 @@ async def test_a_preempted_answer_goes_on_as_if_nothing_had_happened() -> None:
         assert list(stream.response.token_ids) == expected
 
 
+async def test_who_gave_way_has_the_time_of_a_first_token_to_come_back() -> None:
+    lane = GatedLane()
+    bench = Bench(lane=lane, num_pages=4, page_size=4, max_model_len=16, ttft_s=5.0, tbt_s=0.5)
+    async with asyncio.timeout(60.0), bench:
+        early = bench.request([1, 2, 3], max_tokens=13, ignore_eos=True)
+        late = bench.request([4, 5, 6], max_tokens=13, ignore_eos=True)
+        for request in (early, late):
+            bench.engine.submit(request)
+        sequence = late.sequences[0]
+        while sequence.status is not Status.WAITING or not sequence.token_times:
+            bench.clock.now_s += 0.1
+            await lane.step()
+        view = next(iter(bench.policy.observations[-1].waiting))
+        assert view.key == sequence.key
+        assert view.due_s == sequence.token_times[-1] + 5.0
+        lane.open()
+
+
 async def test_the_later_of_two_gives_way_and_the_first_never_does() -> None:
     lane = GatedLane()
     async with Bench(lane=lane, num_pages=4, page_size=4, max_model_len=16) as bench:

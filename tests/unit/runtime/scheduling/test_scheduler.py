@@ -295,6 +295,13 @@ def test_what_planning_and_committing_take_is_part_of_what_a_policy_reckons_with
     assert costs is not None
     assert costs.base_s == pytest.approx(1.0 + OVERHEAD_RATE * 1.0)
     assert costs._replace(base_s=1.0) == COSTS
+    scene.clock.now_s += 1000.0  # the loop was stopped for a while
+    scene.scheduler.begin_iteration([DECODE])
+    scene.scheduler.end_iteration(scene.clock.now_s)
+    scene.adopt()
+    after = scene.observed[2].costs
+    assert after is not None
+    assert after.base_s < 1.0 + 1.2 * OVERHEAD_RATE
 
 
 def test_a_stale_profile_is_said_once_and_so_is_its_end(
