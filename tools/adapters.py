@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..runtime.errors import ConfigError, ConflictError, NotFoundError
 from ..runtime.learning.state_directory import StateDirectory
+from ..runtime.learning.status import Candidates
 from ..runtime.learning.versions import Lineage, VersionRecord, VersionStore
 from .live_server import LiveServer
 from .options import add_api_key_argument, add_general_arguments, api_key
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 EPILOG = """\
 examples:
@@ -73,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--json", action="store_true", help="JSON instead of text")
         add_general_arguments(command, default_log_level="warning")
 
-    command = add("list", "all versions, one a line", "List versions, published and refused.")
+    command = add(
+        "list",
+        "all versions, one a line",
+        "List versions, published and refused, and how many candidates there were: those that the "
+        "gate left undecided were trained further and are no versions. --json: versions alone.",
+    )
     command.add_argument("--adapter", metavar="NAME", help="only those of one adapter")
     end(command, can_be_json=True)
 
@@ -124,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         _ACTIONS[args.action](ServerShelf(LiveServer(url, api_key(args), remedy)), args)
         return 0
     with _open_store(args.state_dir, read_only=args.action in READING) as store:
-        _ACTIONS[args.action](DirectoryShelf(store), args)
+        _ACTIONS[args.action](DirectoryShelf(store, StateDirectory(args.state_dir)), args)
     return 0
 
 
@@ -148,10 +154,11 @@ def list_versions(shelf: Shelf, args: argparse.Namespace) -> None:
     records = [r for r in shelf.records() if args.adapter in (None, r.adapter)]
     if args.json:
         print(json.dumps([_body(record) for record in records], indent=2))
-    elif not records:
-        print("no versions yet")
-    else:
-        print("\n".join(_table(records)))
+        return
+    print("\n".join(_table(records)) if records else "no versions yet")
+    for adapter, candidates in shelf.candidates().items():
+        if args.adapter in (None, adapter):
+            print(_tally(adapter, candidates))
 
 
 def show(shelf: Shelf, args: argparse.Namespace) -> None:
@@ -245,6 +252,9 @@ class Shelf(Protocol):
     def records(self) -> Sequence[VersionRecord]:
         """Every version."""
 
+    def candidates(self) -> Mapping[str, Candidates]:
+        """How many candidates each adapter had."""
+
     def promote(self, adapter: str, number: int, *, force: bool) -> None:
         """Let a version go live; 0 is the base model."""
 
@@ -255,12 +265,17 @@ class Shelf(Protocol):
 class DirectoryShelf:
     """A state directory."""
 
-    def __init__(self, store: VersionStore) -> None:
+    def __init__(self, store: VersionStore, state: StateDirectory) -> None:
         self.store = store
+        self._state = state
 
     def records(self) -> Sequence[VersionRecord]:
         """See `Shelf.records`."""
         return self.store.records()
+
+    def candidates(self) -> Mapping[str, Candidates]:
+        """See `Shelf.candidates`; up to the last checkpoint."""
+        return self._state.candidates()
 
     def promote(self, adapter: str, number: int, *, force: bool) -> None:
         """See `Shelf.promote`."""
@@ -295,6 +310,17 @@ class ServerShelf:
     def records(self) -> Sequence[VersionRecord]:
         """See `Shelf.records`."""
         return [_from_body(body) for body in self._server.ask("GET", "/adapters")["data"]]
+
+    def candidates(self) -> Mapping[str, Candidates]:
+        """See `Shelf.candidates`."""
+        return {
+            body["adapter"]: Candidates(
+                body["candidates"]["passed"],
+                body["candidates"]["refused_by_reason"],
+                body["candidates"].get("undecided_by_reason", {}),  # older servers count none
+            )
+            for body in self._server.ask("GET", "/learning")["adapters"]
+        }
 
     def promote(self, adapter: str, number: int, *, force: bool) -> None:
         """See `Shelf.promote`."""
@@ -350,6 +376,17 @@ def _table(records: Sequence[VersionRecord]) -> Iterator[str]:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
+
+
+def _tally(adapter: str, candidates: Candidates) -> str:
+    def counted(outcome: str, reasons: Mapping[str, int]) -> str:
+        words = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))
+        return f"{sum(reasons.values())} {outcome}" + (f" ({words})" if words else "")
+
+    return (
+        f"{adapter}: of its candidates {candidates.passed} passed, "
+        f"{counted('refused', candidates.refused)}, {counted('undecided', candidates.undecided)}"
+    )
 
 
 def _row(record: VersionRecord) -> tuple[str, ...]:

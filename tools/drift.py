@@ -348,6 +348,9 @@ def _words(report: dict[str, Any]) -> str:
     versions = report["versions"]
     published = [v for v in versions if v["state"] == "published"]
     reasons = Counter(reason for v in versions for reason in v["reasons"])
+    undecided: Counter[str] = Counter()
+    for adapter in report["learning"]["adapters"]:
+        undecided.update(adapter["candidates_undecided"])
     feedback, chat = report["feedback"], report["chat"]
     lines = [
         f"{report['seconds']:.0f} s, {feedback['sent']} events sent, "
@@ -357,7 +360,9 @@ def _words(report: dict[str, Any]) -> str:
             f", {n} of the flood refused ({c})" for c, n in feedback["refused_of_flood"].items()
         ),
         f"versions: {len(published)} published, {len(versions) - len(published)} refused"
-        + (f" ({', '.join(f'{r}: {n}' for r, n in reasons.items())})" if reasons else ""),
+        + (f" ({', '.join(f'{r}: {n}' for r, n in reasons.items())})" if reasons else "")
+        + f"; {undecided.total()} candidates left undecided"
+        + (f" ({', '.join(f'{r}: {n}' for r, n in undecided.items())})" if undecided else ""),
     ]
     for name, words in (("ttft", "chat TTFT"), ("tbt", "chat TBT")):
         for when, times in chat[name].items():

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 OBSERVE_S: Final = 0.25
 """Between looks at the learner, which tells nobody when a version goes live."""
+TAKES_UP_S: Final = 1.0
+"""A learner that is idle for so long, and knows all that was sent, has done what it can with it."""
 CURVE_S: Final = 2.0
 """Between points of the training curve in the report."""
 PROGRESS_S: Final = 10.0
@@ -362,13 +364,11 @@ class DriftRun:
             status, now_s = self._status(), self._now()
             if status.phase == "stopped":
                 raise DriftError("learning has stopped after an error; the log has it")
-            is_idle = status.phase == "idle" and not status.pairs.get("pending", 0)
-            if not is_idle:
+            if not self._is_idle(status) or self._sent != self._sent_when_seen:
                 self._idle_since_s = None
             elif self._idle_since_s is None:
                 self._idle_since_s = now_s
-            # It is told of an event a moment after that was sent: idle counts only in a quiet one.
-            if is_idle and self._sent == self._sent_when_seen:
+            elif now_s - self._idle_since_s >= TAKES_UP_S:
                 self._sent_when_done = self._sent
             self._sent_when_seen = self._sent
             if status.live_version != self._live:
@@ -383,6 +383,16 @@ class DriftRun:
             async with self._observed:
                 self._observed.notify_all()
             await asyncio.sleep(OBSERVE_S)
+
+    def _is_idle(self, status: AdapterLearning) -> bool:
+        """Whether it has nothing to do, knowing of every event that was sent.
+
+        On a busy machine an event is long on its way, and what the status counts is older still:
+        a learner that has not heard of what was sent looks like one that has done it all.
+        """
+        answered = self._acknowledged + self._refused.total() + self._flood_refused.total()
+        knows_all = answered == self._sent and sum(status.pairs.values()) >= self._acknowledged
+        return knows_all and status.phase == "idle" and not status.pairs.get("pending", 0)
 
     def _see(self, version: int, phases: Sequence[int]) -> None:
         """`version` is live now, and is to be evaluated on `phases`."""
@@ -415,7 +425,8 @@ class DriftRun:
         return (
             f"{self._now():5.0f} s, {self._sent} sent, {self._stream.phases[phase]}: "
             f"{status.phase}, {status.steps} steps, {status.candidates_passed} published, "
-            f"refused {dict(status.candidates_refused) or 'none'}{win_rate}"
+            f"refused {dict(status.candidates_refused) or 'none'}, undecided "
+            f"{dict(status.candidates_undecided) or 'none'}{win_rate}"
         )
 
     # -- evaluation ------------------------------------------------------------------------------

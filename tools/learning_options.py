@@ -251,6 +251,20 @@ _GATE = (
         "standard errors by which a candidate must be better",
     ),
     _Flag(
+        "--gate-refusal-z",
+        "learning.gate.refusal_z",
+        float,
+        "Z",
+        "standard errors by which a worse one is refused at once; between, it is undecided",
+    ),
+    _Flag(
+        "--gate-patience",
+        "learning.gate.patience",
+        int,
+        "N",
+        "undecided candidates in a row that are trained further; 0: they are refused",
+    ),
+    _Flag(
         "--max-probe-increase",
         "learning.gate.max_probe_increase",
         float,

@@ -81,6 +81,7 @@ class NullLearning:
         self._refused: Counter[str] = Counter()
         self._sent: Counter[str] = Counter()
         self._duplicates = 0
+        self._undecided: Counter[str] = Counter()
         self._versions: list[VersionRecord] = []
         self._history = [0]
 
@@ -142,6 +143,7 @@ class NullLearning:
                     pairs=dict(pairs),
                     candidates_passed=sum(r.state == "published" for r in self._versions),
                     candidates_refused=dict(reasons),
+                    candidates_undecided=dict(self._undecided),
                 ),
             ),
         )
@@ -210,6 +212,10 @@ class NullLearning:
     def refuse(self, *reasons: str) -> VersionRecord:
         """A candidate has not."""
         return self._add("refused", reasons, {})
+
+    def leave_undecided(self, *reasons: str) -> None:
+        """A candidate is trained further, and becomes no version."""
+        self._undecided.update(reasons)
 
     # Inside.
 

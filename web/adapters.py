@@ -136,7 +136,13 @@ def learning_body(status: LearningStatus, served_name: str) -> dict[str, Any]:
         "adapter": served_name,
         "live_version": 0,
         "pairs": {},
-        "candidates": {"passed": 0, "refused": 0, "refused_by_reason": {}},
+        "candidates": {
+            "passed": 0,
+            "refused": 0,
+            "refused_by_reason": {},
+            "undecided": 0,
+            "undecided_by_reason": {},
+        },
     }
     return body | (served or {}) | {"adapters": list(adapters.values())}
 
@@ -153,6 +159,8 @@ def _adapter_body(adapter: AdapterLearning) -> dict[str, Any]:
             "passed": adapter.candidates_passed,
             "refused": sum(adapter.candidates_refused.values()),
             "refused_by_reason": dict(adapter.candidates_refused),
+            "undecided": sum(adapter.candidates_undecided.values()),
+            "undecided_by_reason": dict(adapter.candidates_undecided),
         },
         "training": {
             "steps": adapter.steps,

@@ -324,13 +324,15 @@ class Metrics:
             pairs += _by_one(adapter.pairs, name)
             candidates.append(((name, "passed", ""), adapter.candidates_passed))
             candidates += _by_one(adapter.candidates_refused, name, "refused")
+            candidates += _by_one(adapter.candidates_undecided, name, "undecided")
             win_rates.append(((name, "live"), adapter.win_rate))
             win_rates.append(((name, "base"), adapter.base_win_rate))
         yield _gauge(
             "cotune_pairs", "Preference pairs and rated answers.", ["adapter", "state"], pairs
         )
         yield _counter(
-            "cotune_candidates", "Candidates that passed the gate, or were refused for a reason.",
+            "cotune_candidates",
+            "Candidates that passed the gate, or were refused or left undecided for a reason.",
             ["adapter", "outcome", "reason"], candidates,
         )  # fmt: skip
         yield _gauge(

@@ -20,6 +20,7 @@ from safetensors.torch import save as save_tensors
 
 from ..errors import ConfigError
 from .durable import make_directory, storage_errors, write_file
+from .state_directory import CHECKPOINT_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-CHECKPOINT_FILE = "training.safetensors"
 DAMAGED_FILE = "training.damaged"
 
 

@@ -171,6 +171,10 @@ class GateConfig:
     """After this long, in seconds, a candidate is made of fewer when no feedback is left."""
     confidence_z: float = 1.0
     """Standard errors by which a candidate must beat the live version; 1.64 is 95 %, one-sided."""
+    refusal_z: float = 1.0
+    """Standard errors by which one that is refused at once is worse; between, it is undecided."""
+    patience: int = 10
+    """Undecided candidates in a row that are trained further; the next one is refused. 0: none."""
     max_probe_increase: float = 0.3
     """Most that the loss on held-out text may rise above the base model's, in nats per token."""
     min_entropy_ratio: float = 0.5
@@ -206,8 +210,9 @@ class GateConfig:
         _check("learning.gate.min_sources", self.min_sources, 1)
         _check("learning.gate.candidate_steps", self.candidate_steps, 1)
         _check("learning.gate.candidate_wait_s", self.candidate_wait_s, 0.0)
-        for name in ("confidence_z", "max_probe_increase", "max_chosen_drop"):
+        for name in ("confidence_z", "refusal_z", "max_probe_increase", "max_chosen_drop"):
             _check(f"learning.gate.{name}", getattr(self, name), 0.0)
+        _check("learning.gate.patience", self.patience, 0)
         _check("learning.gate.min_entropy_ratio", self.min_entropy_ratio, 0.0, 1.0)
         _check("learning.gate.max_repetition", self.max_repetition, 0.0, 1.0)
         _check("learning.gate.keep_versions", self.keep_versions, 1)

@@ -39,6 +39,14 @@ keeps that adaptive use from overfitting the set. A candidate that is exactly as
 time in six, which changes nothing; one that is noticeably worse hardly ever does
 (tests/unit/runtime/learning/test_gate.py measures it).
 
+To be refused it must be worse beyond chance in its turn, by standard errors of their own number:
+
+    mean(d) + z' SE < 0        z': `refusal_z`, widened likewise
+
+Whatever lies between is *undecided*: not published, but no reason either to throw training away.
+What passes does not depend on z'. With z = 0, which publishes whatever looks better, z' is what
+keeps half of all equally good candidates from being refused.
+
 Whose samples count how much
 ----------------------------
 - *Everyone is asked*: the samples that a version is evaluated on, which cost a forward each, are
@@ -182,8 +190,8 @@ class Verdict:
             the verdict is made by. Names that begin with `live_` and `base_` are the other
             versions'. `raw_win_rate` asks which completion is likelier per token, whatever the base
             model thinks of it.
-        is_undecided: nothing speaks against the candidate but that it is not better *enough* yet:
-            more training or more feedback may tell.
+        is_undecided: nothing speaks against the candidate but that it is not better *enough*: it
+            is not worse beyond chance either, and more training or more feedback may tell.
     """
 
     passed: bool
@@ -266,16 +274,16 @@ def judge(
     if samples:
         differences = _differences(samples)
         gain = _estimate(samples, differences, weights)
-        reach = _widened(config.confidence_z, gain.samples) * gain.error
+        low = gain.mean - _widened(config.confidence_z, gain.samples) * gain.error
+        high = gain.mean + _widened(config.refusal_z, gain.samples) * gain.error
         metrics["gain"] = gain.mean
-        metrics["gain_low"], metrics["gain_high"] = gain.mean - reach, gain.mean + reach
+        metrics["gain_low"], metrics["gain_high"] = low, high
         metrics["held_out_effective"] = gain.samples
-        is_worse = gain.mean + reach < 0.0
+        is_worse = high < 0.0
         words.append(
-            f"held-out score {gain.mean:+.3f} against the live version, at least "
-            f"{gain.mean - reach:+.3f}"
+            f"held-out score {gain.mean:+.3f} against the live version, {low:+.3f} to {high:+.3f}"
         )
-        if not gain.mean - reach > 0.0:
+        if not low > 0.0:
             objections.append(("not_better", "it is not better beyond chance"))
         elif against := _who_decides_alone(samples, differences, weights, config):
             source, rest = against

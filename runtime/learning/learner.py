@@ -4,7 +4,7 @@
     training     ready samples ─► batches ─► quanta on the training lane ─► a candidate
                  ─► examined in a slot of the engine ─► judged
                       passed     written, prefixes prefilled, live; the new last good state
-                      undecided  training goes on from here, `MAX_UNDECIDED` times in a row at most
+                      undecided  training goes on from here, `gate.patience` times in a row at most
                       refused    written for inspection; training goes back to the last good state
 
 The last good state is that of the live version: adapter, optimizer and which samples were trained
@@ -25,7 +25,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
@@ -65,8 +65,6 @@ REFERENCE_BATCH = 16
 """Samples whose reference log-probabilities are written together."""
 REFRESH_INTERVAL_S = 1.0
 """While it trains, a learner looks for new samples this often."""
-MAX_UNDECIDED = 10
-"""Candidates in a row that the gate may leave undecided before they count as refused."""
 KEEP_S = 60.0
 """A trainer whose state could not be written keeps its memory for this long."""
 
@@ -152,7 +150,7 @@ class Learner:
         self._untested_since_s = 0.0  # when the first of them was taken
         self._seen = -1  # changes of the store that `_refresh` took in
         self._refreshed_s = 0.0
-        self._undecided = 0
+        self._undecided = 0  # candidates in a row, up to now
         self._wait_beyond: int | None = None  # after a refusal: newer samples than this are needed
         self._incomplete_since: float | None = None
         self._too_large: set[int] = set()  # samples that once did not fit into memory
@@ -165,6 +163,7 @@ class Learner:
         self._tokens = 0
         self._passed = 0
         self._refused: Counter[str] = Counter()
+        self._undecided_reasons: Counter[str] = Counter()
         self._last_verdict: str | None = None
         self._live_record: VersionRecord | None = None
         self._live_since: datetime | None = None
@@ -464,12 +463,20 @@ class Learner:
                 self._config.training.beta,
             )
             self._steps_since = 0
+            goes_on = verdict.is_undecided and self._undecided < self._config.gate.patience
+            if verdict.is_undecided and not goes_on:
+                verdict = replace(
+                    verdict,
+                    explanation=f"refused after {self._undecided} like it in a row: "
+                    + verdict.explanation,
+                )
             self._last_verdict = f"{candidate}: {verdict.explanation}"
             log.info("%s", self._last_verdict)
             if verdict.passed:
                 await self._publish(trainer, candidate, verdict, changes)
-            elif verdict.is_undecided and self._undecided < MAX_UNDECIDED:
+            elif goes_on:
                 self._undecided += 1
+                self._undecided_reasons.update(verdict.reasons)
             else:
                 await self._refuse(trainer, candidate, verdict)
         finally:
@@ -651,6 +658,7 @@ class Learner:
             "passed": self._passed,
             "refused": dict(self._refused),
             "undecided": self._undecided,
+            "undecided_by_reason": dict(self._undecided_reasons),
             "wait_beyond": self._wait_beyond,
             "last_number": self._last_number,
             "last_verdict": self._last_verdict,
@@ -685,6 +693,8 @@ class Learner:
         self._tokens = state["tokens"]
         self._passed = state["passed"]
         self._refused = Counter(state["refused"])
+        # A checkpoint of before these were counted has none.
+        self._undecided_reasons = Counter(state.get("undecided_by_reason", {}))
         self._last_number = state["last_number"]
         self._last_verdict = state["last_verdict"]
         self._buffer.restore(state["good_buffer"])
@@ -740,6 +750,7 @@ class Learner:
             learning_rate=report.learning_rate if report else None,
             candidates_passed=self._passed,
             candidates_refused=dict(self._refused),
+            candidates_undecided=dict(self._undecided_reasons),
             win_rate=metrics.get("raw_win_rate"),
             base_win_rate=metrics.get("base_raw_win_rate"),
             last_verdict=self._last_verdict,

@@ -14,13 +14,18 @@ import logging
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
+
+from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
 from .durable import make_directory, remove_leftovers, write_file
+from .status import Candidates
 
 log = logging.getLogger(__name__)
 
 BASE_FILE = "base.json"
+CHECKPOINT_FILE = "training.safetensors"
 
 
 class StateDirectory:
@@ -82,6 +87,25 @@ class StateDirectory:
     def training(self, adapter: str) -> Path:
         """Where the checkpoints of an adapter's training are."""
         return self._training / file_name(adapter)
+
+    def candidates(self) -> dict[str, Candidates]:
+        """How many candidates each adapter had, as its last checkpoint has it; beside a server too.
+
+        An adapter whose checkpoint is damaged is left out, and the log says so.
+        """
+        found = {}
+        for file in sorted(self._training.glob(f"*/{CHECKPOINT_FILE}")):
+            try:
+                with safe_open(file, framework="np") as checkpoint:  # its header; no torch
+                    state = json.loads(checkpoint.metadata()["state"])
+                tally = Candidates(
+                    state["passed"], state["refused"], state.get("undecided_by_reason", {})
+                )
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                log.warning("the checkpoint %s cannot be read: %s", file, error)
+            else:
+                found[unquote(file.parent.name)] = tally
+        return found
 
     def _clear_leftovers(self) -> None:
         """Remove what an interrupted process left here; `VersionStore` sees to its own."""

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping  # noqa: TC003 - dataclass fields are inspected at run time
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Phase: TypeAlias = Literal["idle", "training", "evaluating", "publishing", "set_down", "stopped"]
+
+
+class Candidates(NamedTuple):
+    """How many candidates there were: `refused` and `undecided` by reason."""
+
+    passed: int
+    refused: Mapping[str, int]
+    undecided: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +37,7 @@ class AdapterLearning:
             chosen minus rejected implicit reward (beta included).
         candidates_passed: how many were published.
         candidates_refused: how many were not, by reason.
+        candidates_undecided: how many were neither, and were trained further, by reason.
         win_rate: share of held-out pairs whose chosen answer the live version finds likelier per
             token than the rejected, when it was judged; None for the base model.
         base_win_rate: the base model's share of the same.
@@ -51,6 +60,7 @@ class AdapterLearning:
     learning_rate: float | None = None
     candidates_passed: int = 0
     candidates_refused: Mapping[str, int] = field(default_factory=dict)
+    candidates_undecided: Mapping[str, int] = field(default_factory=dict)
     win_rate: float | None = None
     base_win_rate: float | None = None
     last_verdict: str | None = None

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cotune.runtime.learning import checkpoint
+from cotune.runtime.learning.state_directory import CHECKPOINT_FILE, StateDirectory
+from cotune.runtime.learning.status import AdapterLearning, LearningStatus
 from cotune.runtime.learning.versions import Lineage, Manifest, VersionStore
 from cotune.tools.cli import main
-from cotune.web.adapters import version_body
+from cotune.web.adapters import learning_body, version_body
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +72,35 @@ def test_list_has_a_line_per_version(state: Path, capsys: pytest.CaptureFixture[
     assert lines[2].endswith("not_better")
     assert run(state, "list", "--adapter", "nobody") == 0
     assert capsys.readouterr().out == "no versions yet\n"
+
+
+def test_list_tells_of_candidates_that_are_no_versions(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"passed": 2, "refused": {"entropy": 1}, "undecided_by_reason": {"not_better": 3}}
+    checkpoint.save(StateDirectory(state).training("tutor"), {}, told)
+    # One of before undecided candidates were counted, with a name that no directory can have.
+    old = {"passed": 0, "refused": {}, "undecided": 2}
+    checkpoint.save(StateDirectory(state).training("a/b"), {}, old)
+    assert run(state, "list") == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "a/b: of its candidates 0 passed, 0 refused, 0 undecided",
+        "tutor: of its candidates 2 passed, 1 refused (entropy 1), 3 undecided (not_better 3)",
+    ]
+    assert run(state, "list", "--adapter", "a/b") == 0
+    assert capsys.readouterr().out.startswith("no versions yet\na/b: of its candidates 0 passed")
+
+
+def test_a_damaged_checkpoint_hides_no_versions(
+    state: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = StateDirectory(state).training("tutor") / CHECKPOINT_FILE
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"torn")
+    assert run(state, "list") == 0
+    assert "candidates" not in (out := capsys.readouterr().out)
+    assert "tutor@3" in out
+    assert "cannot be read" in caplog.text
 
 
 def test_list_can_be_read_by_programs(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +237,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.note(None)
-        self.answer(200, {"object": "list", "data": self.server.bodies})
+        if self.path == "/v1/learning":
+            adapter = AdapterLearning(
+                adapter="tutor",
+                candidates_passed=2,
+                candidates_refused={"not_better": 1},
+                candidates_undecided={"not_better": 4},
+            )
+            status = LearningStatus(enabled=True, adapters=(adapter,))
+            self.answer(200, learning_body(status, "tutor"))
+        else:
+            self.answer(200, {"object": "list", "data": self.server.bodies})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -245,11 +287,17 @@ def test_a_server_is_asked_for_its_versions(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["adapters", "list", "--url", f"{server.url}/v1", "--api-key", "k"]) == 0
-    assert "tutor@2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tutor@2" in out
+    assert out.endswith("2 passed, 1 refused (not_better 1), 4 undecided (not_better 4)\n")
     assert main(["adapters", "show", "2", "--url", server.url]) == 0
     assert "words of the gate" in capsys.readouterr().out
-    assert {(method, path) for method, path, _, _ in server.asked} == {("GET", "/v1/adapters")}
-    assert [key for _, _, _, key in server.asked][:2] == ["Bearer k", None]
+    asked = [(method, path, key) for method, path, _, key in server.asked]
+    assert asked[:2] == [
+        ("GET", "/v1/adapters", "Bearer k"),
+        ("GET", "/v1/learning", "Bearer k"),
+    ]
+    assert set(asked[2:]) == {("GET", "/v1/adapters", None)}
 
 
 def test_a_server_is_asked_to_promote_and_to_roll_back(

@@ -508,6 +508,14 @@ class TestRun:
         assert [span.name for span in spans] == ["first", "second"]
         assert {entry.version for entry in evaluated} >= {0, learning.live}
 
+    async def test_candidates_that_became_no_versions_are_told_of(
+        self, learning: NullLearning, tmp_path: Path
+    ) -> None:
+        learning.leave_undecided("not_better")
+        learning.leave_undecided("not_better")
+        report = await replay(Scored(learning, every=1000), stream_of(tmp_path, (20,)))
+        assert "0 refused; 2 candidates left undecided (not_better: 2)" in drift._words(report)
+
     async def test_chat_goes_on_meanwhile_and_is_timed(
         self, learning: NullLearning, tmp_path: Path
     ) -> None:
@@ -546,7 +554,9 @@ class TestRun:
                 if is_idle and events > sum(ahead):
                     ahead.append(events - sum(ahead))
                 self.log.fixed = AdapterLearning(
-                    adapter=self.log.adapter, phase="idle" if is_idle else "training"
+                    adapter=self.log.adapter,
+                    phase="idle" if is_idle else "training",
+                    pairs={"trained": events},
                 )
                 return super().learning()
 
@@ -556,6 +566,33 @@ class TestRun:
         assert report["waited_for_learner_s"] > 0.0
         assert len(learning.events) == len(stream.sent)
         assert max(ahead) <= 8
+
+    async def test_a_learner_that_has_not_heard_of_what_was_sent_is_not_taken_for_done(
+        self, learning: NullLearning, tmp_path: Path
+    ) -> None:
+        """It is idle all the while; what it counts is some looks behind, as on a busy machine."""
+        ahead: list[int] = []
+
+        class Unaware(Scored):
+            known = 0
+            looks = 0
+
+            def learning(self) -> Any:
+                events = len(self.log.events)
+                ahead.append(events - self.known)
+                self.looks = self.looks + 1 if events > self.known else 0
+                if self.looks > 6:
+                    self.known, self.looks = events, 0
+                self.log.fixed = AdapterLearning(
+                    adapter=self.log.adapter, pairs={"trained": self.known}
+                )
+                return super().learning()
+
+        stream = stream_of(tmp_path, (40,))
+        report = await replay(Unaware(learning, every=1000), stream, max_ahead=8, events_per_s=1e6)
+        assert len(learning.events) == len(stream.sent)
+        assert max(ahead) <= 8
+        assert report["is_settled"]
 
     async def test_a_learner_that_has_stopped_ends_the_run(
         self, learning: NullLearning, tmp_path: Path

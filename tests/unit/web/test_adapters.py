@@ -126,6 +126,7 @@ async def test_the_state_of_learning_has_the_served_model_on_top() -> None:
         await post(client, "/v1/feedback", id="b", type="rating", response_id=id, rating=1)
         learning.publish()
         learning.refuse("entropy")
+        learning.leave_undecided("not_better")
         body = await get(client, "/v1/learning")
     assert body["enabled"] is True
     assert body["events"] == 2
@@ -136,6 +137,8 @@ async def test_the_state_of_learning_has_the_served_model_on_top() -> None:
         "passed": 1,
         "refused": 1,
         "refused_by_reason": {"entropy": 1},
+        "undecided": 1,
+        "undecided_by_reason": {"not_better": 1},
     }
     (adapter,) = body["adapters"]
     assert adapter.items() <= body.items()
@@ -162,5 +165,11 @@ async def test_a_server_that_does_not_learn_tells_so_and_has_all_fields() -> Non
         body = await get(client, "/v1/learning")
     assert body["enabled"] is False
     assert (body["events"], body["pairs"], body["live_version"]) == (0, {}, 0)
-    assert body["candidates"] == {"passed": 0, "refused": 0, "refused_by_reason": {}}
+    assert body["candidates"] == {
+        "passed": 0,
+        "refused": 0,
+        "refused_by_reason": {},
+        "undecided": 0,
+        "undecided_by_reason": {},
+    }
     assert body["adapters"] == []

@@ -126,6 +126,7 @@ async def test_feedback_and_what_was_learned_are_told_by_adapter() -> None:
         metrics.on_unreadable_feedback("invalid_json")
         learning.publish()
         learning.refuse("entropy", "repetition")
+        learning.leave_undecided("too_few_held_out")
         events = "cotune_feedback_events_total"
         assert value(metrics, events, model="tiny", type="rating") == 1
         assert value(metrics, events, model="tiny", type="edit") == 1
@@ -138,6 +139,7 @@ async def test_feedback_and_what_was_learned_are_told_by_adapter() -> None:
         candidates = "cotune_candidates_total"
         assert value(metrics, candidates, adapter="tiny", outcome="passed") == 1
         assert value(metrics, candidates, outcome="refused", reason="entropy") == 1
+        assert value(metrics, candidates, outcome="undecided", reason="too_few_held_out") == 1
         assert value(metrics, "cotune_live_version", adapter="tiny") == 1
         # Each has a sample of its own in what the runtime tells.
         status = AdapterLearning(

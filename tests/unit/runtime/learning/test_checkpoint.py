@@ -10,7 +10,8 @@ import torch
 
 from cotune.runtime.errors import ConfigError, StorageError
 from cotune.runtime.learning import checkpoint
-from cotune.runtime.learning.checkpoint import CHECKPOINT_FILE, DAMAGED_FILE
+from cotune.runtime.learning.checkpoint import DAMAGED_FILE
+from cotune.runtime.learning.state_directory import CHECKPOINT_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -50,6 +50,8 @@ def with_setting(group: str, field: str, value: Any) -> LearningConfig:
         ("gate", "held_out_share", 1.0),
         ("gate", "min_held_out", 1000),
         ("gate", "confidence_z", -0.1),
+        ("gate", "refusal_z", -0.1),
+        ("gate", "patience", -1),
         ("gate", "min_entropy_ratio", 1.5),
     ],
 )

@@ -424,6 +424,65 @@ def test_a_candidate_that_is_worse_beyond_chance_is_decided() -> None:
     assert verdict.metrics["gain_high"] < 0.0
 
 
+def versions(shift: float) -> tuple[Evaluation, Evaluation]:
+    """A live version, and a candidate whose margins are that much greater, give or take noise."""
+    rng = random.Random(5)
+    live = [rng.gauss(0.5, 1.0) for _ in range(60)]
+    return version([m + shift + rng.gauss(0.0, 0.8) for m in live]), version(live)
+
+
+@pytest.mark.parametrize("z", [0.0, 0.5, 1.0, 1.64])
+@pytest.mark.parametrize("refusal_z", [0.0, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("shift", [-1.0, -0.3, -0.1, 0.0, 0.1, 0.3, 1.0])
+def test_between_its_two_bounds_a_verdict_is_undecided_and_passing_depends_on_one_alone(
+    z: float, refusal_z: float, shift: float
+) -> None:
+    config = replace(CONFIG, confidence_z=z, refusal_z=refusal_z)
+    verdict = verdict_on(*versions(shift), config)
+    low, high = verdict.metrics["gain_low"], verdict.metrics["gain_high"]
+    assert verdict.passed == (low > 0.0)
+    assert verdict.is_undecided == (low <= 0.0 <= high)
+    word = "passed" if verdict.passed else "undecided" if verdict.is_undecided else "refused"
+    assert verdict.explanation.startswith(f"{word}; ")
+    usual = verdict_on(*versions(shift), replace(config, refusal_z=CONFIG.refusal_z))
+    assert verdict.passed == usual.passed
+    assert low == usual.metrics["gain_low"]
+
+
+def test_without_a_margin_asked_for_equally_good_candidates_are_not_half_refused() -> None:
+    """A z of 0 publishes whatever looks better; what looks worse is not therefore refused."""
+
+    def refused(refusal_z: float) -> int:
+        rng = random.Random(3)
+        config = replace(CONFIG, confidence_z=0.0, refusal_z=refusal_z)
+        verdicts = []
+        for _ in range(200):
+            live = [rng.gauss(0.5, 1.0) for _ in range(40)]
+            candidate = [m + rng.gauss(0.0, 0.5) for m in live]
+            verdicts.append(verdict_on(version(candidate), version(live), config))
+        return sum(not verdict.passed and not verdict.is_undecided for verdict in verdicts)
+
+    assert 70 <= refused(0.0) <= 130
+    assert refused(2.0) <= 12
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        replace(PROBE, nll=PROBE.nll + 0.5),
+        replace(PROBE, entropy=0.1),
+        replace(PROBE, repetition=0.9),
+    ],
+)
+def test_signs_of_collapse_are_refused_however_patient_the_gate(probe: ProbeScore) -> None:
+    candidate, live = versions(0.0)
+    config = replace(CONFIG, refusal_z=50.0, patience=100)
+    assert verdict_on(candidate, live, config).is_undecided
+    verdict = verdict_on(replace(candidate, probe=probe), live, config)
+    assert not verdict.passed
+    assert not verdict.is_undecided
+
+
 def test_one_huge_margin_does_not_outweigh_many_small_losses() -> None:
     assert not verdict_on(version([1e6] + [-0.01] * 19), version([0.0] * 20)).passed
 

@@ -420,16 +420,101 @@ async def test_an_undecided_candidate_is_trained_further_and_not_written(school:
     assert school.trainer.value == 4.0
     assert [record.number for record in school.versions.records(NAME)] == [2]
     assert learner.status().candidates_refused == {}
+    assert learner.status().candidates_undecided == {"not_better": 1}
 
 
-async def test_too_many_undecided_candidates_in_a_row_are_a_refusal(school: School) -> None:
-    school.verdicts += [UNDECIDED] * (module.MAX_UNDECIDED + 1)
+def with_patience(school: School, patience: int) -> None:
+    school.config = replace(school.config, gate=replace(school.config.gate, patience=patience))
+    school.learner = school._make_learner()
+
+
+@pytest.mark.parametrize("patience", [0, 1, 3])
+async def test_when_patience_runs_out_the_next_undecided_candidate_is_refused(
+    school: School, patience: int
+) -> None:
+    with_patience(school, patience)
+    school.verdicts += [UNDECIDED] * (patience + 1)
     async with school.running() as learner:
-        school.store.add(8 * (module.MAX_UNDECIDED + 1), held_out=2)
+        school.store.add(8 * (patience + 1), held_out=2)
         await school.until(lambda: learner.status().candidates_refused)
         await school.idle()
-    assert learner.status().candidates_refused == {"not_better": 1}
-    assert school.trainer.value == 0.0
+    status = learner.status()
+    assert status.candidates_refused == {"not_better": 1}
+    assert status.candidates_undecided == ({"not_better": patience} if patience else {})
+    assert school.trainer.value == 0.0, "training went back to the last good state"
+    (kept,) = school.versions.records(NAME)
+    assert (kept.number, kept.state) == (patience + 1, "refused")
+    assert kept.explanation == f"refused after {patience} like it in a row: not yet"
+    assert status.last_verdict == f"{NAME}@{kept.number}: {kept.explanation}"
+
+
+@pytest.mark.parametrize("between", [PASSED, REFUSED])
+async def test_only_undecided_candidates_in_a_row_use_patience_up(
+    school: School, between: Verdict
+) -> None:
+    with_patience(school, 2)
+    school.verdicts += [UNDECIDED, UNDECIDED, between, UNDECIDED, UNDECIDED]
+    async with school.running() as learner:
+        school.store.add(80, held_out=2)
+        await school.until(lambda: len(school.examiner.evaluated) >= 6)
+        school.store.add(8)  # after a refusal nothing is tried again before there is more
+        await school.until(lambda: not school.verdicts)
+        before = learner.status()
+    assert before.candidates_undecided == {"not_better": 4}
+    assert sum(before.candidates_refused.values()) == (between is REFUSED)
+
+
+async def test_undecided_candidates_are_counted_across_a_restart_in_between(
+    school: School,
+) -> None:
+    """Two before it, one after: the fourth in a row is one too many for a patience of three."""
+    with_patience(school, 3)
+    school.verdicts += [UNDECIDED, UNDECIDED]
+    async with school.running():
+        school.store.add(16, held_out=2)
+        await school.until(lambda: not school.verdicts)
+        await school.idle()
+    again = School(school.root)
+    again.store = school.store
+    with_patience(again, 3)
+    school.verdicts = again.verdicts  # what `judge` takes from
+    again.verdicts += [UNDECIDED, UNDECIDED]
+    async with again.running() as restarted:
+        await again.idle()
+        assert again.trainer.value == 4.0, "training goes on from what was left undecided"
+        assert restarted.status().candidates_undecided == {"not_better": 2}
+        again.store.add(8)
+        await again.until(lambda: len(again.verdicts) == 1)
+        await again.idle()
+        assert again.trainer.value == 6.0
+        assert restarted.status().candidates_undecided == {"not_better": 3}
+        again.store.add(8)
+        await again.until(lambda: restarted.status().candidates_refused)
+        await again.idle()
+    assert again.trainer.value == 0.0, "back at the live version, which is the base model"
+    assert restarted.status().candidates_refused == {"not_better": 1}
+    assert [record.state for record in again.versions.records(NAME)] == ["refused"]
+
+
+async def test_a_checkpoint_of_before_undecided_candidates_were_counted_is_taken_up(
+    school: School,
+) -> None:
+    school.verdicts += [UNDECIDED]
+    async with school.running():
+        school.store.add(8, held_out=2)
+        await school.until(lambda: not school.verdicts)
+        await school.idle()
+    directory = school.root / "training"
+    saved = checkpoint.load(directory)
+    assert saved is not None
+    assert saved.state.pop("undecided_by_reason") == {"not_better": 1}
+    checkpoint.save(directory, saved.tensors, saved.state)
+    again = School(school.root)
+    again.store = school.store
+    async with again.running() as restarted:
+        await again.idle()
+        assert again.trainer.value == 2.0
+        assert restarted.status().candidates_undecided == {}
 
 
 async def test_too_little_held_out_feedback_makes_no_candidate(school: School) -> None:
