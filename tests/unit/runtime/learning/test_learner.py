@@ -26,6 +26,7 @@ from cotune.runtime.learning.gate import Evaluation, ProbeScore, Verdict
 from cotune.runtime.learning.learner import Learner
 from cotune.runtime.learning.publisher import Publisher
 from cotune.runtime.learning.samples import PreferencePair
+from cotune.runtime.learning.state_directory import CHECKPOINT_FILE
 from cotune.runtime.learning.versions import VersionStore
 from cotune.runtime.lora import LoraPair, LoraWeights
 from cotune.runtime.scheduling.memory_watch import COME_BACK_S, Stake, TrainerMemory
@@ -1007,7 +1008,7 @@ async def test_a_checkpoint_that_was_damaged_meanwhile_costs_the_steps_since_the
         await school.until(lambda: len(school.trainer.batches) == 2)
         await school.idle()
         await shortage.strike()
-        file = school.root / "training" / checkpoint.CHECKPOINT_FILE
+        file = school.root / "training" / CHECKPOINT_FILE
         file.write_bytes(file.read_bytes()[:-1])
         school.store.add(4)
         await shortage.end()
