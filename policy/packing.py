@@ -73,6 +73,7 @@ class Room:
         "_adapters",
         "_admissions",
         "_asked",
+        "_asked_bytes",
         "_available",
         "_bytes",
         "_has_started",
@@ -146,6 +147,7 @@ class Room:
             self._bytes -= len(self.decodes) * self._prefill_token
         self._has_started = False  # a quantum that takes memory
         self._asked = 0  # pages of the one that was let in last
+        self._asked_bytes = 0  # and the memory that they take
         self._prefills: list[Chunk] = []
         self._admissions: list[Chunk] = []
 
@@ -162,8 +164,8 @@ class Room:
             tokens = min(tokens, self.background_tokens)
         if self._prefill_token:
             left = self._bytes
-            if is_new and self._unit:
-                left -= self._new_pages(self._asked) * self._unit
+            if is_new:
+                left -= self._asked_bytes
             if tokens * self._prefill_token > left:
                 self.is_short = True
                 fitting = int(max(0.0, left) // self._prefill_token)
@@ -187,10 +189,9 @@ class Room:
         To be asked in the order in which they should start, each at most once.
         """
         pages = self._asked = pages_to_start(view, self.page_size)
+        taken = self._asked_bytes = self._new_pages(pages) * self._unit if self._unit else 0
         has_pages = pages <= self._available - self._headroom
-        if (
-            not has_pages or (self._unit and pages > self._free_pages())
-        ) and not self._is_last_resort(pages):
+        if (not has_pages or 0 < taken > self._bytes) and not self._is_last_resort(pages):
             self.is_closed = True
             self.is_short |= has_pages or self._keeps_back
             return False
@@ -306,7 +307,10 @@ class Room:
 
     def _new_pages(self, pages: int) -> int:
         """Of the next so many pages, those that take memory."""
-        return min(max(0, pages - self._paid), self._unused)
+        new = pages - self._paid
+        if new <= 0:
+            return 0
+        return new if new < self._unused else self._unused
 
     def _is_last_resort(self, pages: int) -> bool:
         """Whether a sequence starts although it does not fit: nothing else can move on."""
@@ -315,9 +319,12 @@ class Room:
         return pages > self._available or not self._is_lane_busy
 
     def _take_pages(self, pages: int) -> None:
-        new = self._new_pages(pages)
         self._available -= pages
-        self._paid = max(0, self._paid - pages)
+        if pages <= self._paid:
+            self._paid -= pages
+            return
+        new = self._new_pages(pages)
+        self._paid = 0
         self._unused -= new
         self._bytes -= new * self._unit
 
