@@ -520,8 +520,8 @@ class Engine:
 
         Who gets a token by them has the next one due then; who gets the last one is not shown.
         """
-        # Each lacks one page at most. Only where there are fewer does it matter what one that
-        # leaves would give back; to count that takes a look at each of its pages.
+        # Each lacks one page at most. Where there are fewer it matters exactly what one that leaves
+        # would give back; to count that takes a look at each of its pages. Else a guess will do.
         is_tight = self._cache.available_pages < len(self._running)
         running = []
         for seq in self._running:
@@ -544,7 +544,9 @@ class Engine:
                     computed,
                     known,
                     count,
-                    self._cache.private_pages(pages) if is_tight else count,
+                    self._cache.private_pages(pages)
+                    if is_tight
+                    else count - pages.cached_tokens // self._budgets.page_size,
                     request.is_background,
                     due_s,
                     request.rank_s,
