@@ -314,6 +314,7 @@ FLAG_OF_LEARNING_SETTING = {
     "learning.adapters": "--learning-adapters",
     "learning.feedback.record_responses": "--record-responses",
     "learning.train": "--training",
+    "learning.gate.progressive": "--progressive-validation",
     "learning.warm_prefixes": "--warm-prefixes",
 }
 """Which flag sets a setting of learning, for errors about the setting."""
@@ -361,6 +362,12 @@ def add_learning_arguments(parser: argparse.ArgumentParser, *, default: bool) ->
         default=config.train,
         help="off: feedback is stored, and nothing is trained on it (on)",
     )
+    learning.add_argument(
+        "--progressive-validation",
+        action=argparse.BooleanOptionalAction,
+        default=config.gate.progressive,
+        help="judge candidates by new feedback too, asked before it is trained on (on)",
+    )
     for title, flags in _TITLES.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -381,7 +388,7 @@ def learning_config(args: argparse.Namespace) -> LearningConfig:
     given: dict[str, dict[str, Any]] = {
         "feedback": {"record_responses": args.record_responses},
         "training": {},
-        "gate": {},
+        "gate": {"progressive": args.progressive_validation},
     }
     for flag in (flag for flags in _TITLES.values() for flag in flags):
         _, group, field = flag.setting.split(".")

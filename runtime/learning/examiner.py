@@ -72,14 +72,20 @@ class Examiner:
         self._scores: dict[AdapterVersion, dict[int, tuple[float, ...]]] = {}
         self._probes: dict[AdapterVersion, ProbeScore] = {}
 
-    async def evaluate(self, version: AdapterVersion, samples: Sequence[Sample]) -> Evaluation:
-        """What `version` makes of the held-out samples and of ordinary text.
+    async def evaluate(
+        self,
+        version: AdapterVersion,
+        samples: Sequence[Sample],
+        answers: Mapping[int, tuple[float, ...]] | None = None,
+    ) -> Evaluation:
+        """What `version` makes of the samples and of ordinary text.
 
         Args:
             version: held by the adapter store.
             samples: with their reference log-probabilities.
+            answers: what is known already, by sample: the log-probability of each completion.
         """
-        known = self._scores.get(version, {})
+        known = {**self._scores.get(version, {}), **(answers or {})}
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._score(version, sample, known)) for sample in samples]
             probe = group.create_task(self.probe(version))

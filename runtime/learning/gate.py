@@ -47,6 +47,17 @@ Whatever lies between is *undecided*: not published, but no reason either to thr
 What passes does not depend on z'. With z = 0, which publishes whatever looks better, z' is what
 keeps half of all equally good candidates from being refused.
 
+Progressive
+-----------
+Held-out feedback is a fifth of all, and a live version that was the luckiest of several on it looks
+better there than it is. So new feedback is used twice, first to test and then to train: before a
+sample is trained on for the first time, the weights in training are asked about it (their forward
+computes that anyway). Neither they nor the live version have seen anything of its prompt by then,
+so the comparison is as fair as on held-out feedback, and each sample serves for one live version
+only (progressive validation: Blum, Kalai & Langford 1999, "Beating the hold-out"; Dawid 1984). What
+it measures is the mean of the weights on their way to the candidate. For the case that the way led
+up and then down, the held-out samples alone must not find the candidate worse beyond chance.
+
 Whose samples count how much
 ----------------------------
 - *Everyone is asked*: the samples that a version is evaluated on, which cost a forward each, are
@@ -93,7 +104,7 @@ from statistics import NormalDist, median
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from .config import GateConfig
 
@@ -185,11 +196,11 @@ class Verdict:
         passed: whether the candidate may go live.
         reasons: stable words for why not; empty if it passed.
         explanation: the same in words, with numbers.
-        metrics: by name. Win rates, margins and `gain` are weighted as the module docstring says;
-            `_low` and `_high` are ends of 95 % intervals, except `gain_low` and `gain_high`, which
-            the verdict is made by. Names that begin with `live_` and `base_` are the other
-            versions'. `raw_win_rate` asks which completion is likelier per token, whatever the base
-            model thinks of it.
+        metrics: by name. `held_out_pairs` counts the `new_pairs` as well. Win rates, margins and
+            `gain` are weighted as the module docstring says; `_low` and `_high` are ends of 95 %
+            intervals, except those of `gain`, which the verdict is made by. Names that begin with
+            `live_` and `base_` are the other versions'. `raw_win_rate` asks which completion is
+            likelier per token, whatever the base model thinks of it.
         is_undecided: nothing speaks against the candidate but that it is not better *enough*: it
             is not worse beyond chance either, and more training or more feedback may tell.
     """
@@ -228,6 +239,8 @@ def judge(
     base_probe: ProbeScore,
     config: GateConfig,
     beta: float,
+    *,
+    progressive: Collection[int] = (),
 ) -> Verdict:
     """Whether `candidate` may take the place of `live`.
 
@@ -238,6 +251,7 @@ def judge(
         base_probe: the base model on the same ordinary text.
         config: limits.
         beta: of the implicit reward.
+        progressive: keys of the samples that are not held out, see the module docstring.
 
     Raises:
         ValueError: the two were not asked about the same samples.
@@ -285,6 +299,12 @@ def judge(
         )
         if not low > 0.0:
             objections.append(("not_better", "it is not better beyond chance"))
+        elif (lost := _lost_since(samples, differences, weights, progressive, config)) is not None:
+            is_worse = True
+            metrics["gain_held_out"] = lost
+            objections.append(
+                ("not_better", f"worse on held-out samples alone: {lost:+.3f}, beyond chance")
+            )
         elif against := _who_decides_alone(samples, differences, weights, config):
             source, rest = against
             is_worse = rest < 0.0
@@ -297,10 +317,13 @@ def judge(
     reasons = tuple(dict.fromkeys(reason for reason, _ in objections))
     words += [text for _, text in objections]
     if "win_rate" in metrics:
+        new = sum(sample.is_pair and sample.key in progressive for sample in samples)
+        metrics["new_pairs"] = float(new)
+        held_out = f"{metrics['held_out_pairs'] - new:.0f} held-out"
         words.insert(
             0,
-            f"wins {metrics['win_rate']:.0%} of {metrics['held_out_pairs']:.0f} held-out pairs, "
-            f"live {metrics['live_win_rate']:.0%}",
+            f"wins {metrics['win_rate']:.0%} of {held_out}{f' and {new} new' if new else ''} "
+            f"pairs, live {metrics['live_win_rate']:.0%}",
         )
     inconclusive: set[Reason] = {"too_few_held_out", "too_few_sources", "not_better"}
     is_undecided = bool(reasons) and inconclusive.issuperset(reasons) and not is_worse
@@ -621,6 +644,26 @@ def _who_decides_alone(
         if mean + doubt < 0.0 and (worst is None or mean < worst[1]):
             worst = source, mean
     return worst
+
+
+def _lost_since(
+    samples: Sequence[_Compared],
+    differences: Sequence[float],
+    weights: Sequence[float],
+    progressive: Collection[int],
+    config: GateConfig,
+) -> float | None:
+    """The mean on held-out samples alone where they find the candidate worse beyond chance."""
+    held_out = [i for i, sample in enumerate(samples) if sample.key not in progressive]
+    if not held_out or len(held_out) == len(samples):
+        return None
+    found = _estimate(
+        [samples[i] for i in held_out],
+        [differences[i] for i in held_out],
+        [weights[i] for i in held_out],
+    )
+    reach = _widened(config.refusal_z, found.samples) * found.error
+    return found.mean if found.mean + reach < 0.0 else None
 
 
 def _wilson(share: float, count: float) -> tuple[float, float]:

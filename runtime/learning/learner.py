@@ -7,6 +7,10 @@
                       undecided  training goes on from here, `gate.patience` times in a row at most
                       refused    written for inspection; training goes back to the last good state
 
+A candidate is judged by held-out feedback and, since that is little, by new feedback as well:
+what the weights in training made of each sample just before they were trained on it, against what
+the live version makes of it (gate.py, "Progressive").
+
 The last good state is that of the live version: adapter, optimizer and which samples were trained
 on how often. After a refusal nothing is tried again before new feedback has come, since the same
 samples would give the same candidate.
@@ -151,6 +155,8 @@ class Learner:
         self._seen = -1  # changes of the store that `_refresh` took in
         self._refreshed_s = 0.0
         self._undecided = 0  # candidates in a row, up to now
+        # Since the last good state: log-probabilities of new samples, before they were trained on.
+        self._progressive: dict[int, tuple[float, ...]] = {}
         self._wait_beyond: int | None = None  # after a refusal: newer samples than this are needed
         self._incomplete_since: float | None = None
         self._too_large: set[int] = set()  # samples that once did not fit into memory
@@ -366,6 +372,7 @@ class Learner:
         if report.skipped is not None:
             return
         self._buffer.note_losses(report.sample_losses)
+        self._note_progress(report)
         self._report = report
         self._steps += 1
         if not self._steps_since:
@@ -374,6 +381,12 @@ class Learner:
         self._tokens += report.tokens
         if self._steps % self._config.training.checkpoint_steps == 0:
             await self._save()
+
+    def _note_progress(self, report: StepReport) -> None:
+        """Keep what was made of samples before anything of their prompts was trained on."""
+        if self._config.gate.progressive:
+            new = self._buffer.last_new
+            self._progressive |= {key: logps for key, logps in report.sample_logps if key in new}
 
     async def _refuse_unfit(self, report: StepReport) -> None:
         """Take samples out that cannot be trained on.
@@ -423,6 +436,7 @@ class Learner:
         assert self._trainer is not None
         snapshot = await self._job("snapshot", self._trainer.snapshot)
         self._good = _Good(snapshot, self._buffer.state())
+        self._progressive = {}
 
     # -- candidates ------------------------------------------------------------------------------
 
@@ -444,7 +458,8 @@ class Learner:
         trainer, publisher = self._trainer, self.publisher
         assert trainer is not None
         changes = publisher.changes
-        held_out = self._held_out
+        samples = self._evidence()
+        progressive = self._progressive
         number = max(
             await asyncio.to_thread(self._versions.next_number, self.adapter), self._last_number + 1
         )
@@ -454,13 +469,14 @@ class Learner:
         candidate = self._adapters.add(self.adapter, weights, path, number=number, make_live=False)
         try:
             live = publisher.live
-            evaluation = await self._ask(self._examiner.evaluate(candidate, held_out))
+            evaluation = await self._ask(self._examiner.evaluate(candidate, samples, progressive))
             verdict = judge(
                 evaluation,
-                await self._ask(self._examiner.evaluate(live, held_out)),
+                await self._ask(self._examiner.evaluate(live, samples)),
                 await self._ask(self._examiner.probe(BASE)),
                 self._config.gate,
                 self._config.training.beta,
+                progressive=progressive.keys(),
             )
             self._steps_since = 0
             goes_on = verdict.is_undecided and self._undecided < self._config.gate.patience
@@ -482,6 +498,14 @@ class Learner:
         finally:
             self._adapters.unpin(candidate)
         await self._save()
+
+    def _evidence(self) -> tuple[Sample, ...]:
+        """What a candidate is compared on, oldest first: held out, or asked in time."""
+        known = self._progressive
+        self._progressive = {key: known[key] for key in known if key in self._buffer}
+        new = [self._buffer[key] for key in self._progressive]
+        both = sorted([*self._held_out, *new], key=lambda sample: sample.key)
+        return choose_held_out(both, self._config.gate.max_held_out)
 
     async def _ask(self, questions: Awaitable[T]) -> T:
         """What the examiner finds, unless the trainer's memory is wanted before."""
@@ -523,6 +547,7 @@ class Learner:
         assert self._good is not None
         await self._job("restore", trainer.restore, self._good.trainer)
         self._buffer.restore(self._good.buffer)
+        self._progressive = {}
 
     async def _write(
         self, trainer: Trainer, candidate: AdapterVersion, verdict: Verdict, *, refused: bool
@@ -660,6 +685,7 @@ class Learner:
             "undecided": self._undecided,
             "undecided_by_reason": dict(self._undecided_reasons),
             "wait_beyond": self._wait_beyond,
+            "progressive": {str(key): list(found) for key, found in self._progressive.items()},
             "last_number": self._last_number,
             "last_verdict": self._last_verdict,
             "buffer": self._buffer.state(),
@@ -711,6 +737,10 @@ class Learner:
         self._untested_since_s = self._clock()
         self._undecided = state["undecided"]
         self._wait_beyond = state["wait_beyond"]
+        # Nor has one of before these were kept.
+        self._progressive = {
+            int(key): tuple(found) for key, found in state.get("progressive", {}).items()
+        }
 
     # -- evidence --------------------------------------------------------------------------------
 

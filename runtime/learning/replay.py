@@ -56,6 +56,8 @@ class ReplayBuffer:
         self._histories: dict[int, SampleHistory] = {}
         self._random = random.Random(config.seed)
         self._drawn: _Drawn | None = None
+        self._prompts: dict[int, int] = {}  # hash of each sample's prompt
+        self._last_new: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -64,6 +66,17 @@ class ReplayBuffer:
     def owed_samples(self) -> int:
         """How many samples are still to be trained on as new."""
         return sum(self._visits.get(key, 0) < self._config.epochs for key in self._samples)
+
+    @property
+    def last_new(self) -> frozenset[int]:
+        """Those of the last batch of whose prompt nothing had ever been trained on before."""
+        return self._last_new
+
+    def __getitem__(self, key: int) -> Sample:
+        return self._samples[key]
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._samples
 
     @property
     def untouched(self) -> int:
@@ -84,6 +97,10 @@ class ReplayBuffer:
         self._samples = {sample.key: sample for sample in samples}
         self._visits = {key: n for key, n in self._visits.items() if key in self._samples}
         self._histories = {k: seen for k, seen in self._histories.items() if k in self._samples}
+        self._prompts = {
+            key: self._prompts[key] if key in self._prompts else hash(sample.prompt_ids)
+            for key, sample in self._samples.items()
+        }
         self._drawn = None
 
     def outlook(self) -> Outlook:
@@ -106,6 +123,8 @@ class ReplayBuffer:
         keys, random_state = self._draw()
         self._random.setstate(random_state)
         self._drawn = None
+        known = {self._prompts[key] for key, visits in self._visits.items() if visits}
+        self._last_new = frozenset(key for key in keys if self._prompts[key] not in known)
         for key in keys:
             self._visits[key] = self._visits.get(key, 0) + 1
         return [self._samples[key] for key in keys]

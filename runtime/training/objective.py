@@ -70,6 +70,7 @@ class Tally:
         chosen, rejected, liked, disliked: sums of implicit rewards.
         pairs, n_liked, n_disliked: how many are in those sums.
         losses: each sample's key and loss, without weights and further terms; pairs first.
+        logps: each sample's key and the summed log-probability of each completion; likewise.
     """
 
     loss: float = 0.0
@@ -83,6 +84,7 @@ class Tally:
     n_liked: int = 0
     n_disliked: int = 0
     losses: tuple[tuple[int, float], ...] = ()
+    logps: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
     def __add__(self, other: Tally) -> Tally:
         names = [f.name for f in fields(self)]
@@ -172,8 +174,14 @@ def part_loss(
         if config.sft_weight > 0:
             share = counts.pairs / (counts.samples * counts.chosen_tokens)
             parts.append(-config.sft_weight * share * logps[chosen].sum())
-        losses, high, low = torch.stack(
-            [result.loss.detach(), result.chosen_reward, result.rejected_reward]
+        losses, high, low, won, lost = torch.stack(
+            [
+                result.loss.detach(),
+                result.chosen_reward,
+                result.rejected_reward,
+                logps[chosen].detach(),
+                logps[rejected].detach(),
+            ]
         ).tolist()
         not_finite += [s.key for (_, s), x in zip(pairs, losses, strict=True) if not _finite(x)]
         tally += Tally(
@@ -182,6 +190,7 @@ def part_loss(
             rejected=sum(low),
             pairs=len(pairs),
             losses=tuple((s.key, x) for (_, s), x in zip(pairs, losses, strict=True)),
+            logps=tuple((s.key, (x, y)) for (_, s), x, y in zip(pairs, won, lost, strict=True)),
         )
     rated = [
         (i, s) for i, s in zip(rows, samples, strict=True) if not isinstance(s, PreferencePair)
@@ -190,8 +199,9 @@ def part_loss(
         if z0 is None:
             raise ValueError("rated completions need z0; compute it over the whole batch first")
         is_liked = [s.is_desirable for _, s in rated]
+        theirs = logps[torch.tensor([i for i, _ in rated], device=logps.device)]
         kto = kto_loss(
-            logps[torch.tensor([i for i, _ in rated], device=logps.device)],
+            theirs,
             logps.new_tensor([s.ref_logp for _, s in rated]),
             torch.tensor(is_liked, device=logps.device),
             z0=z0,
@@ -200,7 +210,7 @@ def part_loss(
             undesirable_weight=config.undesirable_weight,
         )
         parts.append(kto.loss.sum() / counts.samples)
-        losses, rewards = torch.stack([kto.unweighted, kto.reward]).tolist()
+        losses, rewards, sums = torch.stack([kto.unweighted, kto.reward, theirs.detach()]).tolist()
         not_finite += [s.key for (_, s), x in zip(rated, losses, strict=True) if not _finite(x)]
         liked = [r for r, is_up in zip(rewards, is_liked, strict=True) if is_up]
         disliked = [r for r, is_up in zip(rewards, is_liked, strict=True) if not is_up]
@@ -211,6 +221,7 @@ def part_loss(
             n_liked=len(liked),
             n_disliked=len(disliked),
             losses=tuple((s.key, x) for (_, s), x in zip(rated, losses, strict=True)),
+            logps=tuple((s.key, (x,)) for (_, s), x in zip(rated, sums, strict=True)),
         )
     if completions.kl is not None:
         kl = completions.kl.sum() / counts.completion_tokens

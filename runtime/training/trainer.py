@@ -101,6 +101,8 @@ class StepReport:
         sample_losses: (key, loss) of each sample that was trained on, as it was before the step:
             of the pair or the rating alone, without weights, SFT and KL. Empty where the loss is
             NaN.
+        sample_logps: (key, summed log-probability of each completion), likewise: what the weights
+            in training made of a sample before this step taught them.
     """
 
     step: int
@@ -120,6 +122,7 @@ class StepReport:
     skipped: str | None = None
     not_finite: tuple[int, ...] = ()
     sample_losses: tuple[tuple[int, float], ...] = ()
+    sample_logps: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -572,6 +575,7 @@ class Trainer:
             skipped=skipped,
             not_finite=batch.not_finite,
             sample_losses=tally.losses,
+            sample_logps=tally.logps,
         )
 
     def _halve(self, batch: _Batch, quantum: Quantum) -> None:

@@ -133,6 +133,22 @@ async def test_the_base_models_own_scores_are_the_references_and_cost_nothing(
     assert background.scored == []
 
 
+async def test_what_is_known_already_is_taken_and_not_asked(
+    examiner: Examiner, background: FakeBackground
+) -> None:
+    await examiner.probe(ONE)
+    background.scored.clear()
+    found = await examiner.evaluate(
+        ONE, [pair(1), pair(2), rated(3)], {1: (-7.0, -8.0), 3: (-9.0,)}
+    )
+    first, second = found.pairs
+    assert (first.chosen_logp, first.rejected_logp) == (-7.0, -8.0)
+    assert (first.chosen_tokens, first.rejected_tokens) == (3, 2)
+    assert second.chosen_logp == pytest.approx(sum(logp(ONE, token) for token in (3, 4, 5)))
+    assert found.rated[0].logp == -9.0
+    assert {prompt for _, prompt, _ in background.scored} == {(2, 2)}
+
+
 async def test_references_are_the_base_models_log_probabilities(
     examiner: Examiner, background: FakeBackground
 ) -> None:

@@ -519,6 +519,52 @@ def test_the_verdict_does_not_depend_on_the_order_in_which_samples_are_handed_in
     assert ours.reasons == theirs.reasons
 
 
+def test_new_feedback_counts_as_held_out_feedback_does() -> None:
+    candidate, live = versions(0.6)
+    held_out = verdict_on(candidate, live)
+    verdict = judge(candidate, live, PROBE, CONFIG, BETA, progressive=range(10, 60))
+    assert held_out.passed
+    assert verdict.passed
+    assert verdict.metrics["gain"] == held_out.metrics["gain"]
+    assert verdict.metrics["new_pairs"] == 50
+    assert "of 10 held-out and 50 new pairs" in verdict.explanation
+    assert "of 60 held-out pairs" in held_out.explanation
+
+
+def test_one_that_was_better_on_its_way_and_is_worse_now_does_not_pass() -> None:
+    """New samples speak of the weights of before; held-out ones of the candidate itself."""
+    margins = [1.5 if key % 4 else -1.5 for key in range(60)]
+    candidate, live = version(margins), version([0.0] * 60)
+    new = [key for key in range(60) if key % 4]
+    assert verdict_on(candidate, live).passed
+    verdict = judge(candidate, live, PROBE, CONFIG, BETA, progressive=new)
+    assert verdict.reasons == ("not_better",)
+    assert not verdict.is_undecided
+    assert verdict.metrics["gain_held_out"] < 0.0
+    assert "worse on held-out samples alone" in verdict.explanation
+    # Where they merely do not find it better, the new ones decide.
+    level = version([1.5 if key % 4 else 0.2 * (-1) ** key for key in range(60)])
+    assert judge(level, live, PROBE, CONFIG, BETA, progressive=new).passed
+
+
+def test_new_feedback_tells_small_gains_from_none_where_a_fifth_is_held_out() -> None:
+    """15 held-out pairs or 60 new ones beside them: what it is for."""
+
+    def rate(pairs: int, config: GateConfig) -> float:
+        rng = random.Random(9)
+        passed = 0
+        for _ in range(300):
+            live = [rng.gauss(0.0, 1.0) for _ in range(pairs)]
+            candidate = [m + rng.gauss(0.25, 0.8) for m in live]
+            passed += judge(
+                version(candidate), version(live), PROBE, config, BETA, progressive=range(15, 75)
+            ).passed
+        return passed / 300
+
+    config = replace(CONFIG, half_life=1000)
+    assert rate(75, config) >= rate(15, config) + 0.2
+
+
 def test_judging_needs_no_torch() -> None:
     code = "import cotune.runtime.learning.gate, sys; print('torch' in sys.modules)"
     done: Any = subprocess.run(

@@ -130,12 +130,20 @@ class FakeExaminer:
 
     def __init__(self) -> None:
         self.evaluated: list[str] = []
+        self.asked: list[tuple[str, tuple[int, ...], dict[int, tuple[float, ...]]]] = []
         self.failures: deque[Exception] = deque()
         self.unscorable: dict[int, list[Exception]] = {}
         self.before_answer: Any = None
 
-    async def evaluate(self, version: Any, _samples: Sequence[Sample]) -> Evaluation:
+    async def evaluate(
+        self,
+        version: Any,
+        samples: Sequence[Sample],
+        answers: dict[int, tuple[float, ...]] | None = None,
+    ) -> Evaluation:
         self.evaluated.append(str(version))
+        keys = tuple(sample.key for sample in samples)
+        self.asked.append((str(version), keys, dict(answers or {})))
         if self.failures:
             raise self.failures.popleft()
         if self.before_answer is not None:
@@ -175,6 +183,7 @@ class FakeTrainer:
     def run_quantum(self, max_tokens: int = 0) -> StepReport:
         assert self._batch is not None
         self.batches.append([sample.key for sample in self._batch])
+        logps = tuple((sample.key, (self.value, -1.0)) for sample in self._batch)
         self._batch = None
         self.value += 1.0
         set_aside, self.set_aside = self.set_aside, ()
@@ -192,6 +201,7 @@ class FakeTrainer:
             halvings=0,
             set_aside=set_aside,
             kl=None,
+            sample_logps=logps,
         )
 
     def abandon(self) -> None:
@@ -338,7 +348,8 @@ class School:
             clock=lambda: self.clock_s,
         )
 
-    def judge(self, *_args: Any) -> Verdict:
+    def judge(self, *_args: Any, progressive: Any) -> Verdict:
+        assert set(progressive) <= set(self.store.training)
         return self.verdicts.popleft()
 
     @asynccontextmanager
@@ -516,6 +527,86 @@ async def test_a_checkpoint_of_before_undecided_candidates_were_counted_is_taken
         await again.idle()
         assert again.trainer.value == 2.0
         assert restarted.status().candidates_undecided == {}
+
+
+async def test_candidates_are_judged_by_new_feedback_as_it_was_before_it_was_trained_on(
+    school: School,
+) -> None:
+    school.verdicts += [UNDECIDED, PASSED, REFUSED]
+    async with school.running() as learner:
+        school.store.add(16, held_out=2)
+        await school.until(lambda: learner.publisher.live.version == 2)
+        school.store.add(8)
+        await school.until(lambda: learner.status().candidates_refused)
+    first, second, third = (
+        entry for entry in school.examiner.asked if not entry[0].endswith("@0") and entry[2]
+    )
+    # Two steps of four: of what the weights made of each batch before its own step.
+    batches = school.trainer.batches
+    by_step = {key: float(step) for step, batch in enumerate(batches) for key in batch}
+    held_out = (17, 18)
+    for (_, keys, answers), steps in ((first, (0, 1)), (second, (0, 1, 2, 3)), (third, (4, 5))):
+        new = {key for key, step in by_step.items() if step in steps}
+        assert set(keys) == new | set(held_out)
+        assert list(keys) == sorted(keys), "oldest first"
+        assert answers == {key: (by_step[key], -1.0) for key in new}
+    # The live version is asked about the same samples, and told nothing.
+    assert [entry[1] for entry in school.examiner.asked if not entry[2]] == [
+        entry[1] for entry in (first, second, third)
+    ]
+
+
+async def test_after_a_refusal_the_same_feedback_is_new_again(school: School) -> None:
+    school.verdicts += [REFUSED, PASSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.status().candidates_refused)
+        school.store.add(4)
+        await school.until(lambda: learner.publisher.live.version == 2)
+    _, (_, _, answers) = (entry for entry in school.examiner.asked if entry[2])
+    assert {value for value, _ in answers.values()} == {0.0, 1.0}, "of the weights gone back to"
+
+
+async def test_new_feedback_that_was_withdrawn_judges_nobody(school: School) -> None:
+    school.verdicts += [UNDECIDED, PASSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.status().candidates_undecided)
+        gone = school.trainer.batches[0][0]
+        del school.store.training[gone]
+        school.store.add(8)
+        await school.until(lambda: learner.publisher.live.version)
+    *_, (_, keys, _) = school.examiner.asked
+    assert gone not in keys
+    assert set(school.trainer.batches[0]) - {gone} < set(keys)
+
+
+async def test_by_held_out_feedback_alone_if_so_configured(school: School) -> None:
+    school.config = replace(school.config, gate=replace(school.config.gate, progressive=False))
+    school.learner = school._make_learner()
+    school.verdicts += [PASSED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.publisher.live.version)
+    assert [entry[1:] for entry in school.examiner.asked] == [((9, 10), {})] * 2
+
+
+async def test_what_was_made_of_new_feedback_outlasts_a_restart(school: School) -> None:
+    school.verdicts += [UNDECIDED]
+    async with school.running() as learner:
+        school.store.add(8, held_out=2)
+        await school.until(lambda: learner.status().candidates_undecided)
+        await school.idle()
+    again = School(school.root)
+    again.store = school.store
+    again.learner = again._make_learner()
+    school.verdicts += [PASSED]
+    async with again.running() as restarted:
+        again.store.add(8)
+        await again.until(lambda: restarted.publisher.live.version)
+    (_, keys, answers), _ = again.examiner.asked
+    assert set(range(1, 9)) < set(answers)
+    assert set(answers) | {9, 10} == set(keys)
 
 
 async def test_too_little_held_out_feedback_makes_no_candidate(school: School) -> None:

@@ -121,6 +121,30 @@ def test_a_restored_buffer_goes_on_exactly_where_it_was() -> None:
 LN_2 = math.log(2.0)
 
 
+def test_new_samples_of_a_batch_are_those_of_prompts_that_were_never_trained_on() -> None:
+    def about(key: int, prompt: int) -> PreferencePair:
+        return dataclasses.replace(pair(key), prompt_ids=(prompt, 7))
+
+    earlier, later = [about(1, 1), about(2, 2)], [about(3, 3), about(4, 1), about(5, 3)]
+    replay = buffer(earlier, batch_size=3, epochs=2, replay_share=0.0)
+    assert replay.last_new == frozenset()
+    untrained = replay.state()
+    replay.next_batch()
+    assert replay.last_new == {1, 2}
+    replay.next_batch()
+    assert replay.last_new == frozenset(), "their second turn"
+    replay.update([*earlier, *later])
+    assert {sample.key for sample in replay.next_batch()} == {3, 4, 5}
+    assert replay.last_new == {3, 5}, "4 has the prompt of 1"
+    replay.restore(untrained)  # as after a refusal
+    new: set[int] = set()
+    for _ in range(2):
+        replay.next_batch()
+        assert not new & replay.last_new
+        new |= replay.last_new
+    assert {2} < new
+
+
 def rated(key: int) -> RatedCompletion:
     return RatedCompletion(
         key=key,

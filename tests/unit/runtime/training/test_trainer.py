@@ -19,6 +19,8 @@ import torch
 from cotune.runtime.errors import AdapterLoadError, ConfigError
 from cotune.runtime.learning.config import TrainingConfig
 from cotune.runtime.learning.samples import PreferencePair, Sample
+from cotune.runtime.training.batches import Group, pack
+from cotune.runtime.training.objective import completions_of
 from cotune.runtime.training.safepoints import Safepoints
 from cotune.runtime.training.trainer import StepReport, Trainer, is_out_of_memory
 from tiny_models import quiet_transformers, save_lora, tiny_model
@@ -800,6 +802,34 @@ def test_the_losses_of_fresh_samples_are_those_of_no_margin_and_no_ratio(
     for sample in mixed:
         expected = math.log(2) if isinstance(sample, PreferencePair) else 0.5
         assert losses[sample.key] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("quantum_tokens", [1, 100_000])
+def test_what_was_made_of_samples_is_of_before_the_step(
+    model: Any, mixed: list[Sample], quantum_tokens: int
+) -> None:
+    trainer = make_trainer(model, quantum_tokens=quantum_tokens, learning_rate=0.1)
+    randomize_lora(trainer)
+    before = {
+        sample.key: [
+            float(trainer._tree.logps(pack([group])).logps.sum()) for group in alone(sample)
+        ]
+        for sample in mixed
+    }
+    first, second = trainer.train_batch(mixed), trainer.train_batch(mixed)
+    assert {key: list(found) for key, found in first.sample_logps} == {
+        key: pytest.approx(found, rel=1e-5) for key, found in before.items()
+    }
+    changed = dict(second.sample_logps)
+    assert all(changed[key] != found for key, found in first.sample_logps)
+
+
+def alone(sample: Sample) -> list[Group]:
+    """Each completion after its prompt."""
+    return [
+        Group(prompt_ids=sample.prompt_ids, completions=(completion,))
+        for completion in completions_of(sample)
+    ]
 
 
 def test_a_loss_that_is_not_finite_gives_no_sample_losses(model: Any, pairs: list[Sample]) -> None:
