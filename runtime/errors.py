@@ -22,6 +22,15 @@ status and an OpenAI error object in one table.
 
 from __future__ import annotations
 
+from typing import Final
+
+# What allocators and libraries say, where they do not raise torch.OutOfMemoryError.
+_OUT_OF_MEMORY: Final = (
+    "DefaultCPUAllocator: can't allocate",
+    "out of memory",
+    "ALLOC_FAILED",
+)
+
 
 class CotuneError(Exception):
     """Base of every deliberate error.
@@ -100,3 +109,13 @@ class DrainingError(UnavailableError):
 
 class IterationError(CotuneError):
     """A device step failed. The requests in it fail with this error; the runtime goes on."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host.
+
+    Torch's own error is known by its name, so that nobody needs torch to ask.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

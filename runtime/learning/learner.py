@@ -34,7 +34,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from ...streams.lane import LaneClosedError
-from ..errors import ConfigError, CotuneError, DrainingError, IterationError, StorageError
+from ..errors import (
+    ConfigError,
+    CotuneError,
+    DrainingError,
+    IterationError,
+    StorageError,
+    is_out_of_memory,
+)
 from ..scheduling.memory_watch import Stake
 from ..types import BASE, AdapterVersion
 from . import checkpoint
@@ -634,8 +641,6 @@ class Learner:
 
         Where that fails for want of memory, or the disk cannot be read, it is tried again later.
         """
-        from ..training.trainer import is_out_of_memory  # brings torch's autograd and more
-
         async with asyncio.TaskGroup() as group:
             freshener = group.create_task(self._stay_fresh())
             await self._memory.wait_room(self._desk_key)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar, TypeVarTuple
 
 from ...policy.packing import rows_per_sample
 from ...policy.types import RunningQuantum, TrainingOffer, TrainingView
+from ..errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -459,8 +460,3 @@ class TrainingDesk:
             else:
                 self._safepoints.release()
         return started
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. Torch's error is known by its name: no need to import it."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

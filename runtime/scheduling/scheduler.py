@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...policy.costs import IterationShape
 from ...policy.packing import pages_to_start
 from ...policy.types import IterationPlan, Observation
-from .desk import BusyClock, TrainingDesk, is_out_of_memory
+from ..errors import is_out_of_memory
+from .desk import BusyClock, TrainingDesk
 from .memory_watch import TrainerMemory
 from .statistics import ScheduleStatistics
 from .timeline import IterationRecord, JobRecord, QuantumRecord

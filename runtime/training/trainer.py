@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from ..errors import AdapterLoadError, ConfigError
+from ..errors import AdapterLoadError, ConfigError, is_out_of_memory
 from ..learning.samples import PreferencePair, RatedCompletion, Sample
 from ..lora import read_lora
 from .average import WeightAverage
@@ -55,8 +55,6 @@ _MAX_FAILED_STEPS = 3
 # The rate that was measured to be right at a hidden size of 256. What a change of an adapter does
 # to a layer's output grows with the layer's width (Yang et al. 2022, "Tensor Programs V").
 _RATE_TIMES_WIDTH = 0.256
-# What allocators and libraries say, where they do not raise torch.OutOfMemoryError.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -702,13 +700,6 @@ class Trainer:
                     f"its {name} has shape {theirs and tuple(theirs)}, this trainer's "
                     f"{ours and tuple(ours)}"
                 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on the device or on the host."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def _return_freed(device: torch.device) -> None:

@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 
-from cotune.runtime.errors import AdapterLoadError, ConfigError
+from cotune.runtime.errors import AdapterLoadError, ConfigError, is_out_of_memory
 from cotune.runtime.learning.config import TrainingConfig
 from cotune.runtime.learning.samples import PreferencePair, Sample
 from cotune.runtime.training.batches import Group, pack
 from cotune.runtime.training.objective import completions_of
 from cotune.runtime.training.safepoints import Safepoints
-from cotune.runtime.training.trainer import StepReport, Trainer, is_out_of_memory
+from cotune.runtime.training.trainer import StepReport, Trainer
 from tiny_models import quiet_transformers, save_lora, tiny_model
 from training_samples import packed_pair, random_pair, random_rated, randomize_lora, with_references
 
@@ -812,7 +812,7 @@ def test_what_was_made_of_samples_is_of_before_the_step(
     randomize_lora(trainer)
     before = {
         sample.key: [
-            float(trainer._tree.logps(pack([group])).logps.sum()) for group in alone(sample)
+            float(trainer._tree.logps(pack([group])).logps.detach()) for group in alone(sample)
         ]
         for sample in mixed
     }
