@@ -108,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=settings.max_ahead,
         metavar="N",
-        help="wait for the learner after so many events, until it has done what it can with them; "
-        "0: never (%(default)s)",
+        help="wait for the learner after so many events and at the end of each phase, until it has "
+        "done what it can with them; 0: never (%(default)s)",
     )
     stream.add_argument(
         "--users",

@@ -594,6 +594,60 @@ class TestRun:
         assert max(ahead) <= 8
         assert report["is_settled"]
 
+    @pytest.mark.parametrize("max_ahead", [1000, 0])
+    async def test_a_phase_ends_when_all_of_it_was_learned_unless_nobody_waits(
+        self, learning: NullLearning, tmp_path: Path, max_ahead: int
+    ) -> None:
+        begun: list[int] = []
+
+        class Slow(Scored):
+            """Publishes once it has had a phase's events for some looks."""
+
+            looks = 0
+
+            async def feedback(self, event: Any, *, source: str = "local") -> Acknowledgement:
+                begun.append(self.log.live)
+                return await super().feedback(event, source=source)
+
+            def learning(self) -> Any:
+                events = len(self.log.events)
+                is_new = events > self.known
+                self.looks = self.looks + 1 if is_new else 0
+                if self.looks > 20:
+                    self.known = events
+                    self.log.publish(gain=0.25)
+                self.log.fixed = AdapterLearning(
+                    adapter=self.log.adapter,
+                    live_version=self.log.live,
+                    phase="training" if events > self.known else "idle",
+                    pairs={"trained": events},
+                )
+                return super().learning()
+
+            known = 0
+
+        stream = stream_of(tmp_path, (20, 20, 20))
+        runtime = Slow(learning, every=1000)
+        report = await replay(runtime, stream, max_ahead=max_ahead, events_per_s=1e6)
+        lives = [(span["live_at_start"], span["live_at_end"]) for span in report["phases"]]
+        if max_ahead:
+            assert lives == [(0, 1), (1, 2), (2, 3)]
+            assert report["waited_for_learner_s"] > 0.0
+            # Nothing of a phase was sent before the one before had been learned.
+            per_phase = [sum(row.phase == phase for row in stream.sent) for phase in range(3)]
+            assert begun == [phase for phase, count in enumerate(per_phase) for _ in range(count)]
+        else:
+            assert report["waited_for_learner_s"] == 0.0
+
+    async def test_a_learner_that_is_never_done_holds_no_phase_back_for_ever(
+        self, learning: NullLearning, tmp_path: Path
+    ) -> None:
+        learning.fixed = AdapterLearning(adapter=learning.adapter, phase="training")
+        stream = stream_of(tmp_path, (20, 20))
+        report = await replay(Scored(learning, every=1000), stream, max_ahead=1000, settle_s=0.05)
+        assert len(learning.events) == len(stream.sent)
+        assert not report["is_settled"]
+
     async def test_a_learner_that_has_stopped_ends_the_run(
         self, learning: NullLearning, tmp_path: Path
     ) -> None:
