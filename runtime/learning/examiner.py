@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -76,22 +77,26 @@ class Examiner:
         self,
         version: AdapterVersion,
         samples: Sequence[Sample],
-        answers: Mapping[int, tuple[float, ...]] | None = None,
+        answers: Mapping[int, tuple[float, ...]] = MappingProxyType({}),
     ) -> Evaluation:
         """What `version` makes of the samples and of ordinary text.
 
         Args:
             version: held by the adapter store.
             samples: with their reference log-probabilities.
-            answers: what is known already, by sample: the log-probability of each completion.
+            answers: what to take for its answer, by sample: the log-probability of each completion.
         """
-        known = {**self._scores.get(version, {}), **(answers or {})}
+        known = {**self._scores.get(version, {}), **answers}
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._score(version, sample, known)) for sample in samples]
             probe = group.create_task(self.probe(version))
         self._remember(
             version,
-            {sample.key: task.result() for sample, task in zip(samples, tasks, strict=True)},
+            {
+                sample.key: task.result()
+                for sample, task in zip(samples, tasks, strict=True)
+                if sample.key not in answers
+            },
         )
         pairs: list[PairScore] = []
         rated: list[RatedScore] = []

@@ -133,7 +133,7 @@ async def test_the_base_models_own_scores_are_the_references_and_cost_nothing(
     assert background.scored == []
 
 
-async def test_what_is_known_already_is_taken_and_not_asked(
+async def test_an_answer_that_is_given_is_taken_and_neither_asked_nor_remembered(
     examiner: Examiner, background: FakeBackground
 ) -> None:
     await examiner.probe(ONE)
@@ -147,6 +147,10 @@ async def test_what_is_known_already_is_taken_and_not_asked(
     assert second.chosen_logp == pytest.approx(sum(logp(ONE, token) for token in (3, 4, 5)))
     assert found.rated[0].logp == -9.0
     assert {prompt for _, prompt, _ in background.scored} == {(2, 2)}
+    background.scored.clear()
+    found = await examiner.evaluate(ONE, [pair(1), pair(2)])
+    assert found.pairs[0].chosen_logp == pytest.approx(sum(logp(ONE, token) for token in (3, 4, 5)))
+    assert {prompt for _, prompt, _ in background.scored} == {(1, 2)}
 
 
 async def test_references_are_the_base_models_log_probabilities(
