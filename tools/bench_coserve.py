@@ -71,7 +71,7 @@ from .coserve_log import CoserveLog, LoggedBudgets, LoggedTraining, Targets, wri
 from .coserve_progress import Progress
 from .coserve_report import Found, as_json, plot, summarize, table, verdicts
 from .coserve_run import Calibration, RunPlan, calibrate, perform, train_alone
-from .drift_report import require_plots
+from .drift_plot import require_plots
 from .options import loop_factory
 
 if TYPE_CHECKING:

@@ -25,17 +25,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..runtime.errors import ConfigError, CotuneError
 from .bench_report import environment
-from .drift_report import (
-    WINS,
-    Evaluated,
-    PhaseResult,
-    PhaseSpan,
-    plot,
-    pool,
-    require_plots,
-    table,
-    write_json,
-)
+from .drift_plot import plot, plot_pool, require_plots
+from .drift_report import WINS, curves, pool, read_reports, table, write_json
 from .drift_run import DriftRun, DriftSettings, TurnCodec, plain
 from .drift_stream import read_stream
 from .options import (
@@ -64,7 +55,7 @@ examples:
   cotune drift --data ../shared/data --limit 40 --chat-per-s 0     a quick look
 
   for k in 0 1 2 3 4; do cotune drift --data ../shared/data --evaluation-fold $k --output $k.json
-  done; cotune drift --pool ?.json        every row held out in one of five replays
+  done; cotune drift --pool ?.json --plot pooled.svg    every row held out in one of five
 
 The exit status is 0 when the run was completed, whatever it found.
 """
@@ -212,6 +203,12 @@ def run(args: argparse.Namespace) -> int:
     if args.pool is not None:
         for win in WINS:
             print(f"\n{table(pool(args.pool, win), win)}")
+        if args.plot is not None:
+            require_plots()
+            reports = read_reports(args.pool)
+            title = f"drift_{reports[0]['stream']}, {len(reports)} runs, each with other rows"
+            plot_pool(args.plot, f"{title} held out", reports, args.win)
+            print(f"plot: {args.plot}")
         return 0
     if args.data is None:
         raise ConfigError("--data is missing; give the folder of the streams", param="data")
@@ -278,7 +275,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{_words(report)}")
     print(f"report: {output}")
     if args.plot is not None:
-        plot(args.plot, _title(args.stream, settings), *_curves(report), args.win)
+        plot(args.plot, _title(args.stream, settings), *curves(report), args.win)
         print(f"plot: {args.plot}")
     return 0
 
@@ -319,19 +316,6 @@ async def _run(
 
 
 # -- helpers -------------------------------------------------------------------------------------
-
-
-def _curves(report: dict[str, Any]) -> tuple[list[PhaseSpan], list[Evaluated]]:
-    """What is plotted, from the report: a plot can be drawn again from its file."""
-    spans = [PhaseSpan(**span) for span in report["phases"]]
-    evaluated = [
-        Evaluated(
-            **entry
-            | {"results": {int(p): PhaseResult(**result) for p, result in entry["results"].items()}}
-        )
-        for entry in report["evaluated"]
-    ]
-    return spans, evaluated
 
 
 def _title(stream: str, settings: DriftSettings) -> str:

@@ -1,4 +1,4 @@
-"""What became of a drift run: win rates with intervals, a table, a JSON file, a plot.
+"""What became of a drift run: win rates with intervals, a table, a JSON file.
 
 A version *wins* a held-out pair if it prefers the chosen answer. Three ways to ask that:
 
@@ -228,7 +228,7 @@ def pool(paths: Sequence[Path], win: Win) -> tuple[PhaseSummary, ...]:
         ConfigError: a file is no report of a run, two held out the same rows, or their streams,
             shares or phases differ.
     """
-    reports = [_read_report(path) for path in paths]
+    reports = read_reports(paths)
     first = reports[0]
     folds: dict[int, Path] = {}
     for path, report in zip(paths, reports, strict=True):
@@ -274,6 +274,43 @@ def pool(paths: Sequence[Path], win: Win) -> tuple[PhaseSummary, ...]:
     return tuple(lines)
 
 
+def read_reports(paths: Sequence[Path]) -> tuple[dict[str, Any], ...]:
+    """What runs wrote, which can be pooled as far as each file can tell.
+
+    Raises:
+        ConfigError: a file is no report of a run.
+    """
+    return tuple(_read_report(path) for path in paths)
+
+
+def curves(report: Mapping[str, Any]) -> tuple[list[PhaseSpan], list[Evaluated]]:
+    """What is plotted, from the report: a plot can be drawn again from its file."""
+    spans = [PhaseSpan(**span) for span in report["phases"]]
+    evaluated = [
+        Evaluated(
+            **entry
+            | {"results": {int(p): PhaseResult(**result) for p, result in entry["results"].items()}}
+        )
+        for entry in report["evaluated"]
+    ]
+    return spans, evaluated
+
+
+def within(
+    span: PhaseSpan, phase: int, evaluated: Iterable[Evaluated], win: Win
+) -> tuple[tuple[float, float], ...]:
+    """The wins of what was live during a phase, from which share of its events on; from 0."""
+    entries = {entry.version: entry for entry in evaluated if phase in entry.results}
+    events = max(span.end_sent - span.start_sent, 1)
+    steps = [(0.0, entries[span.live_at_start].results[phase].wins[win])]
+    steps += [
+        ((entry.sent - span.start_sent) / events, entry.results[phase].wins[win])
+        for entry in sorted(entries.values(), key=lambda entry: entry.live_at_s)
+        if span.start_s < entry.live_at_s <= span.end_s
+    ]
+    return tuple(steps)
+
+
 def _read_report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
@@ -309,73 +346,3 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """The whole report, for programs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-# -- the plot ------------------------------------------------------------------------------------
-
-
-def require_plots() -> None:
-    """Raise `ConfigError` if matplotlib is missing: before a long run, not after it."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed; pip install 'cotune[plots]', or "
-            "leave --plot out: the JSON file holds the curves",
-            param="plot",
-        ) from error
-
-
-def plot(
-    path: Path, title: str, spans: Sequence[PhaseSpan], evaluated: Sequence[Evaluated], win: Win
-) -> None:
-    """Draw the held-out win rate of each phase over the stream, into a file (SVG, PNG, PDF).
-
-    Thick and with its interval while the phase lasts, thin before and after; dashed: the base
-    model. A dot is a version, where it went live. The same input gives the same SVG file.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.hashsalt": "cotune", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(9.0, 1.2 + 1.3 * len(spans)), layout="constrained")
-        all_axes = figure.subplots(len(spans), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        end = spans[-1].end_sent
-        for phase, (span, axes) in enumerate(zip(spans, all_axes, strict=True)):
-            color = f"C{phase}"
-            entries = sorted(
-                (entry for entry in evaluated if phase in entry.results),
-                key=lambda entry: entry.live_at_s,
-            )
-            base = next(entry for entry in entries if entry.version == 0).results[phase]
-            axes.axhline(base.interval(win).rate, color="0.5", linewidth=0.8, linestyle="--")
-            axes.axvspan(span.start_sent, span.end_sent, color=color, alpha=0.10, linewidth=0)
-            intervals = [entry.results[phase].interval(win) for entry in entries]
-            rates = [interval.rate for interval in intervals]
-            sent = [entry.sent for entry in entries]
-            axes.step([*sent, end], [*rates, rates[-1]], where="post", color=color, linewidth=0.9)
-            # The band needs points of its own where the phase begins and ends.
-            before = [i for i, x in enumerate(sent) if x <= span.start_sent]
-            within = [i for i, x in enumerate(sent) if span.start_sent < x <= span.end_sent]
-            band = [*before[-1:], *within, *(within or before)[-1:]]
-            axes.fill_between(
-                [span.start_sent, *(sent[i] for i in within), span.end_sent],
-                [intervals[i].low for i in band],
-                [intervals[i].high for i in band],
-                step="post",
-                color=color,
-                alpha=0.20,
-                linewidth=0,
-            )
-            axes.plot(sent, rates, ".", color=color, markersize=4)
-            axes.set_ylim(0.0, 1.0)
-            axes.set_yticks([0.0, 0.25, 0.5, 0.75, 1.0])
-            axes.grid(axis="y", linewidth=0.3)
-            axes.set_title(f"{span.name} (n = {base.pairs})", loc="left", fontsize=9, pad=3)
-        all_axes[-1].set_xlabel("events sent")
-        all_axes[-1].set_xlim(0, 1.01 * max(end, 1))
-        figure.supylabel(f"held-out win rate ({WIN_WORDS[win]})", fontsize=9)
-        figure.suptitle(title, fontsize=10)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_svg = path.suffix.lower() == ".svg"
-        figure.savefig(path, metadata={"Date": None} if is_svg else None)

@@ -15,18 +15,19 @@ import pytest
 from cotune.runtime.errors import ConfigError
 from cotune.runtime.learning.status import AdapterLearning
 from cotune.tools import drift
+from cotune.tools.drift_plot import plot, plot_pool, require_plots
 from cotune.tools.drift_report import (
     Evaluated,
     PairLogps,
     PhaseResult,
     PhaseSpan,
     compare,
-    plot,
+    curves,
     pool,
-    require_plots,
     summarize,
     table,
     wilson,
+    within,
 )
 from cotune.tools.drift_run import DriftRun, DriftSettings, TurnCodec
 from cotune.tools.drift_stream import (
@@ -356,6 +357,22 @@ class TestPool:
         assert second.pairs == 200
         assert second.is_above_base
 
+    def test_the_curves_of_the_runs_are_added_up(self, tmp_path: Path) -> None:
+        first, second = (within(span, p, EVALUATED, "sum") for p, span in enumerate(SPANS))
+        assert first == ((0.0, 60.0), (0.2, 90.0), (0.6, 80.0))
+        assert second == ((0.0, 25.0), (0.5, 38.0)), "what was live before is where it begins"
+        report = {
+            "phases": [asdict(span) for span in SPANS],
+            "evaluated": [asdict(entry) for entry in EVALUATED],
+        }
+        reports = [json.loads(json.dumps(report))] * 3
+        for name in ("a.svg", "b.svg"):
+            plot_pool(tmp_path / "new" / name, "a title", reports, "sum")
+        drawn = (tmp_path / "new" / "a.svg").read_bytes()
+        assert drawn == (tmp_path / "new" / "b.svg").read_bytes()
+        texts = {text.text for text in ElementTree.fromstring(drawn).iter() if text.text}
+        assert {"a title", "first (n = 300)", "second (n = 300)"} <= texts
+
     def test_rows_that_were_held_out_twice_are_refused(self, tmp_path: Path) -> None:
         paths = [self.report(tmp_path / name, 1) for name in ("a.json", "b.json")]
         with pytest.raises(ConfigError, match="both held out fold 1"):
@@ -503,7 +520,7 @@ class TestRun:
     ) -> None:
         report = await replay(Scored(learning, every=20), stream_of(tmp_path, (40, 40)))
         from_file = json.loads(json.dumps(report, allow_nan=False))
-        spans, evaluated = drift._curves(from_file)
+        spans, evaluated = curves(from_file)
         plot(tmp_path / "again.svg", "", spans, evaluated, "sum")
         assert [span.name for span in spans] == ["first", "second"]
         assert {entry.version for entry in evaluated} >= {0, learning.live}
@@ -715,10 +732,14 @@ class TestCommand:
                 "stream": "text",
                 "evaluation": {"share": 0.2, "fold": fold},
                 "summary": dict.fromkeys(("sum", "per_token", "implicit"), lines),
+                "phases": [asdict(span) for span in SPANS],
+                "evaluated": [asdict(entry) for entry in EVALUATED],
             }
             (tmp_path / f"{fold}.json").write_text(json.dumps(report))
         files = [str(tmp_path / f"{fold}.json") for fold in range(2)]
-        assert drift.run(self.parse("--pool", *files)) == 0
+        image = tmp_path / "pooled.svg"
+        assert drift.run(self.parse("--pool", *files, "--plot", str(image))) == 0
+        assert b"drift_text, 2 runs, each with other rows held out" in image.read_bytes()
         shown = capsys.readouterr().out
         assert shown.count("held-out win rate by") == 3
         assert shown.count("first                 200") == 3
