@@ -214,7 +214,7 @@ _GATE = (
         "learning.gate.half_life",
         int,
         "N",
-        "counts half as much when this many held-out samples have come after",
+        "a sample counts half as much when this many have come after",
     ),
     _Flag(
         "--min-held-out", "learning.gate.min_held_out", int, "N", "fewer, and nothing is published"
@@ -227,7 +227,11 @@ _GATE = (
         "fewer sources, and nothing is published; 3 where strangers can write",
     ),
     _Flag(
-        "--max-held-out", "learning.gate.max_held_out", int, "N", "most recent ones that are asked"
+        "--max-held-out",
+        "learning.gate.max_held_out",
+        int,
+        "N",
+        "most recent samples that candidates are compared on",
     ),
     _Flag(
         "--candidate-steps",

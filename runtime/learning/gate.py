@@ -61,7 +61,7 @@ up and then down, the held-out samples alone must not find the candidate worse b
 Whose samples count how much
 ----------------------------
 - *Everyone is asked*: the samples that a version is evaluated on, which cost a forward each, are
-  chosen evenly over sources (`choose_held_out`). Of the most recent alone, a flood would leave none
+  chosen evenly over sources (`choose_evidence`). Of the most recent alone, a flood would leave none
   but its own.
 - *The recent count more*: half as much every `half_life` samples back. Wishes change, and a new
   subject begins with few samples: weighed like all others, it would be outvoted by what was wanted
@@ -337,8 +337,8 @@ def judge(
     )
 
 
-def choose_held_out(samples: Sequence[S], limit: int) -> tuple[S, ...]:
-    """At most `limit` of the held-out samples, in their order: the most recent of each source.
+def choose_evidence(samples: Sequence[S], limit: int) -> tuple[S, ...]:
+    """At most `limit` of the samples, in their order: the most recent of each source.
 
     Sources that have few are taken whole, and all others give equally many.
 

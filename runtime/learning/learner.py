@@ -45,7 +45,7 @@ from ..errors import (
 from ..scheduling.memory_watch import Stake
 from ..types import BASE, AdapterVersion
 from . import checkpoint
-from .gate import choose_held_out, judge
+from .gate import choose_evidence, judge
 from .replay import ReplayBuffer
 from .status import AdapterLearning
 from .versions import Lineage, Manifest
@@ -311,7 +311,7 @@ class Learner:
             log.error("new feedback for %s cannot be read: %s", name, error)
             return
         self._buffer.update(samples)
-        self._held_out = choose_held_out(held_out, config.gate.max_held_out)
+        self._held_out = choose_evidence(held_out, config.gate.max_held_out)
 
     def _may_train(self) -> bool:
         """Whether a batch is there, or part of one that has waited long enough."""
@@ -512,7 +512,7 @@ class Learner:
         self._progressive = {key: known[key] for key in known if key in self._buffer}
         new = [self._buffer[key] for key in self._progressive]
         both = sorted([*self._held_out, *new], key=lambda sample: sample.key)
-        return choose_held_out(both, self._config.gate.max_held_out)
+        return choose_evidence(both, self._config.gate.max_held_out)
 
     async def _ask(self, questions: Awaitable[T]) -> T:
         """What the examiner finds, unless the trainer's memory is wanted before."""

@@ -23,7 +23,7 @@ from cotune.runtime.learning.gate import (
     ProbeScore,
     RatedScore,
     Verdict,
-    choose_held_out,
+    choose_evidence,
     judge,
 )
 
@@ -209,17 +209,17 @@ def test_a_source_that_alone_finds_the_candidate_better_is_named() -> None:
 def test_a_flood_does_not_crowd_others_out_of_what_is_evaluated() -> None:
     old = [pair(key, 1.0, f"user {key % 3}") for key in range(30)]
     flood = [pair(key, 1.0, "flood") for key in range(30, 530)]
-    chosen = choose_held_out([*old, *flood], 96)
+    chosen = choose_evidence([*old, *flood], 96)
     assert chosen[:30] == tuple(old)
     assert chosen[30:] == tuple(flood[-66:])
 
 
 def test_of_each_source_the_most_recent_samples_are_evaluated() -> None:
     samples = [pair(key, 1.0, "ab"[key % 2]) for key in range(100)]
-    assert choose_held_out(samples, 10) == tuple(samples[-10:])
-    assert choose_held_out(samples[:10], 96) == tuple(samples[:10])
-    assert choose_held_out([], 96) == ()
-    assert len(choose_held_out([pair(key, 1.0, f"{key}") for key in range(50)], 20)) == 20
+    assert choose_evidence(samples, 10) == tuple(samples[-10:])
+    assert choose_evidence(samples[:10], 96) == tuple(samples[:10])
+    assert choose_evidence([], 96) == ()
+    assert len(choose_evidence([pair(key, 1.0, f"{key}") for key in range(50)], 20)) == 20
 
 
 # --- change ---------------------------------------------------------------------------------------
