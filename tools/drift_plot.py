@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import ConfigError
 from .drift_report import WIN_WORDS, curves, wilson, within
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .drift_report import Evaluated, PhaseSpan, Win
-
-GRID: Final = 200
-"""Points at which the curves of several runs are added up."""
 
 
 def require_plots() -> None:
@@ -80,16 +77,16 @@ def plot_pool(path: Path, title: str, reports: Sequence[Mapping[str, Any]], win:
     """
     runs = [curves(report) for report in reports]
     phases = range(len(runs[0][0]))
-    grid = [i / GRID for i in range(GRID + 1)]
     with _drawing(path, title, len(phases), win) as all_axes:
         for phase, axes in zip(phases, all_axes, strict=True):
             color = f"C{phase}"
+            each = [within(spans[phase], phase, evaluated, win) for spans, evaluated in runs]
+            grid = sorted({1.0}.union(share for steps in each for share, _ in steps))
             pairs, base = 0, 0.0
             wins = [0.0] * len(grid)
-            for spans, evaluated in runs:
+            for (_, evaluated), steps in zip(runs, each, strict=True):
                 first = next(entry for entry in evaluated if entry.version == 0).results[phase]
                 pairs, base = pairs + first.pairs, base + first.wins[win]
-                steps = within(spans[phase], phase, evaluated, win)
                 live = [[won for share, won in steps if share <= x][-1] for x in grid]
                 wins = [total + won for total, won in zip(wins, live, strict=True)]
                 rates = [won / first.pairs for won in live]
