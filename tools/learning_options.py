@@ -231,7 +231,7 @@ _GATE = (
         "learning.gate.max_held_out",
         int,
         "N",
-        "most recent samples that candidates are compared on",
+        "most recent ones that are asked, and as many new ones",
     ),
     _Flag(
         "--candidate-steps",

@@ -158,8 +158,8 @@ class GateConfig:
     held_out_share: float = 0.2
     """Share of prompts whose feedback is never trained on; (0, 1). Chosen by a stable hash."""
     max_held_out: int = 96
-    """Most recent samples, held out or new, that a candidate is compared on."""
-    half_life: int = 20
+    """Most recent held-out samples that a candidate is compared on, and as many new ones."""
+    half_life: int = 60
     """A sample, held out or new, counts half as much when this many have come after it."""
     progressive: bool = True
     """Compare also on new samples, by what was made of them before they were trained on."""

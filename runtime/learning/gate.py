@@ -55,8 +55,9 @@ sample is trained on for the first time, the weights in training are asked about
 computes that anyway). Neither they nor the live version have seen anything of its prompt by then,
 so the comparison is as fair as on held-out feedback, and each sample serves for one live version
 only (progressive validation: Blum, Kalai & Langford 1999, "Beating the hold-out"; Dawid 1984). What
-it measures is the mean of the weights on their way to the candidate. For the case that the way led
-up and then down, the held-out samples alone must not find the candidate worse beyond chance.
+it measures is the mean of the weights on their way to the candidate. The way can lead up and then
+down, as when wrong labels are learned by heart in later epochs. So the held-out samples, of which
+the candidate itself is asked, must not find it worse beyond chance; no new ones crowd them out.
 
 Whose samples count how much
 ----------------------------
@@ -299,7 +300,7 @@ def judge(
         )
         if not low > 0.0:
             objections.append(("not_better", "it is not better beyond chance"))
-        elif (lost := _lost_since(samples, differences, weights, progressive, config)) is not None:
+        elif (lost := _lost_since(samples, differences, progressive, config)) is not None:
             is_worse = True
             metrics["gain_held_out"] = lost
             objections.append(
@@ -649,19 +650,18 @@ def _who_decides_alone(
 def _lost_since(
     samples: Sequence[_Compared],
     differences: Sequence[float],
-    weights: Sequence[float],
     progressive: Collection[int],
     config: GateConfig,
 ) -> float | None:
-    """The mean on held-out samples alone where they find the candidate worse beyond chance."""
+    """The mean on held-out samples alone where they find the candidate worse beyond chance.
+
+    Their age is counted among themselves, so that they reach as far back as without new ones.
+    """
     held_out = [i for i, sample in enumerate(samples) if sample.key not in progressive]
     if not held_out or len(held_out) == len(samples):
         return None
-    found = _estimate(
-        [samples[i] for i in held_out],
-        [differences[i] for i in held_out],
-        [weights[i] for i in held_out],
-    )
+    alone = [samples[i] for i in held_out]
+    found = _estimate(alone, [differences[i] for i in held_out], _weights(alone, config))
     reach = _widened(config.refusal_z, found.samples) * found.error
     return found.mean if found.mean + reach < 0.0 else None
 

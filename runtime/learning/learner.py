@@ -509,10 +509,11 @@ class Learner:
     def _evidence(self) -> tuple[Sample, ...]:
         """What a candidate is compared on, oldest first: held out, or asked in time."""
         known = self._progressive
-        self._progressive = {key: known[key] for key in known if key in self._buffer}
-        new = [self._buffer[key] for key in self._progressive]
-        both = sorted([*self._held_out, *new], key=lambda sample: sample.key)
-        return choose_evidence(both, self._config.gate.max_held_out)
+        self._progressive = {key: known[key] for key in sorted(known) if key in self._buffer}
+        new = choose_evidence(
+            [self._buffer[key] for key in self._progressive], self._config.gate.max_held_out
+        )
+        return tuple(sorted([*self._held_out, *new], key=lambda sample: sample.key))
 
     async def _ask(self, questions: Awaitable[T]) -> T:
         """What the examiner finds, unless the trainer's memory is wanted before."""

@@ -547,6 +547,22 @@ def test_one_that_was_better_on_its_way_and_is_worse_now_does_not_pass() -> None
     assert judge(level, live, PROBE, CONFIG, BETA, progressive=new).passed
 
 
+def test_many_new_samples_do_not_silence_the_held_out_ones() -> None:
+    """Wrong labels learned by heart: well on the way, worse in the end."""
+    rng = random.Random(4)
+    live = [rng.gauss(0.6, 1.0) for _ in range(480)]
+    new = [key for key in range(480) if key % 5]
+    candidate = [m + rng.gauss(0.7 if key % 5 else -0.5, 0.8) for key, m in enumerate(live)]
+    recent = [
+        Evaluation(pairs=tuple(p for p in v.pairs if p.key % 5 == 0 or p.key >= 360), probe=PROBE)
+        for v in (version(candidate), version(live))
+    ]
+    verdict = judge(recent[0], recent[1], PROBE, CONFIG, BETA, progressive=new)
+    assert verdict.metrics["gain_low"] > 0.0
+    assert verdict.reasons == ("not_better",)
+    assert not verdict.is_undecided
+
+
 def test_new_feedback_tells_small_gains_from_none_where_a_fifth_is_held_out() -> None:
     """15 held-out pairs or 60 new ones beside them: what it is for."""
 
@@ -597,7 +613,7 @@ def test_what_one_of_many_sources_wants_alone_is_not_published() -> None:
         Evaluation(pairs=tuple(pairs), probe=PROBE),
         Evaluation(pairs=before, probe=PROBE),
         PROBE,
-        CONFIG,
+        replace(CONFIG, half_life=20),
         BETA,
     )
     assert verdict.reasons == ("not_better",)
