@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotune.tools import demo_data, train_demo
-from cotune.tools.train_demo import ModelShape, Schedule, TrainingForward, TrainSettings
+from cotune.tools.demo_recipe import ModelShape, Schedule, TrainingError, TrainSettings
+from cotune.tools.demo_training import DemoTrainer, TrainingForward, build_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,13 +137,11 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def make_trainer(packed: dict[str, demo_data.PackedDocuments]) -> train_demo.DemoTrainer:
-    return train_demo.DemoTrainer(
-        shape=TINY, settings=SHORT, corpora=packed, device=torch.device("cpu")
-    )
+def make_trainer(packed: dict[str, demo_data.PackedDocuments]) -> DemoTrainer:
+    return DemoTrainer(shape=TINY, settings=SHORT, corpora=packed, device=torch.device("cpu"))
 
 
-def parameters(trainer: train_demo.DemoTrainer) -> dict[str, torch.Tensor]:
+def parameters(trainer: DemoTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
@@ -308,7 +307,7 @@ def test_shares_of_tokens_follow_the_weights(packed: dict[str, demo_data.PackedD
 
 
 def test_training_forward_equals_the_llama_module() -> None:
-    model = train_demo.build_model(TINY, seed=1)
+    model = build_model(TINY, seed=1)
     ids = torch.randint(0, TINY.vocab_size, (3, 65), generator=torch.Generator().manual_seed(0))
     forward = TrainingForward(model, TINY, torch.float32)
     ours = forward.losses(ids[:, :-1], ids[:, 1:])
@@ -376,7 +375,7 @@ def test_total_cannot_change_once_the_decay_has_begun(
     schedule = Schedule(settings=SHORT, tokens=128 * 8)
     for _ in range(7):
         trainer.train_step(schedule)
-    with pytest.raises(train_demo.TrainingError, match="decay has begun"):
+    with pytest.raises(TrainingError, match="decay has begun"):
         trainer.check_schedule(Schedule(settings=SHORT, tokens=128 * 80))
 
 
@@ -385,7 +384,7 @@ def test_too_small_a_total_is_refused_with_the_least_that_works(
 ) -> None:
     trainer = make_trainer(packed)
     trainer.step = 50
-    with pytest.raises(train_demo.TrainingError, match="use at least") as caught:
+    with pytest.raises(TrainingError, match="use at least") as caught:
         trainer.check_schedule(Schedule(settings=SHORT, tokens=128 * 60))
     least = int(str(caught.value).split()[-1])
     trainer.check_schedule(Schedule(settings=SHORT, tokens=least))
@@ -479,15 +478,15 @@ def test_run_stops_resumes_and_exports_a_loadable_model(
 def test_terminate_signal_saves_a_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = train_demo.DemoTrainer.train_step
+    original = DemoTrainer.train_step
 
-    def step_then_signal(self: train_demo.DemoTrainer, schedule: Schedule) -> float:
+    def step_then_signal(self: DemoTrainer, schedule: Schedule) -> float:
         loss = original(self, schedule)
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(train_demo.DemoTrainer, "train_step", step_then_signal)
+    monkeypatch.setattr(DemoTrainer, "train_step", step_then_signal)
     before = signal.getsignal(signal.SIGTERM)
     assert train_demo.run(command(data, tmp_path)) == 143
     assert signal.getsignal(signal.SIGTERM) is before
