@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
+from ..runtime.learning.durable import replacing
 from . import demo_data
 from .demo_recipe import (
     CHECKPOINT_FILE,
@@ -26,7 +27,6 @@ from .demo_training import (
     evaluate,
     export,
     format_scores,
-    replacing,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def _tokenizer(corpora: demo_data.Corpora, path: Path, vocab_size: int) -> Token
     """The run's tokenizer: trained once, then kept beside the checkpoint."""
     if not path.exists():
         tokenizer = demo_data.train_tokenizer(corpora, vocab_size=vocab_size)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             tokenizer.save(str(temporary))
     return Tokenizer.from_file(str(path))

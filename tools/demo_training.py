@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..runtime.learning.durable import replacing
 from . import demo_data
 from .demo_data import TokenMixer
 from .demo_recipe import (
@@ -26,7 +25,7 @@ from .demo_recipe import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from tokenizers import Tokenizer
@@ -383,6 +382,7 @@ class DemoTrainer:
             "stable_mixer": self.stable_mixer.state(),
             "decay_mixer": self.decay_mixer.state(),
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
 
@@ -422,22 +422,6 @@ class DemoTrainer:
                 f"step {self.step} is past the decay start {schedule.decay_start} of --tokens"
                 f" {schedule.tokens}; use at least {least * self.settings.batch_tokens}"
             )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, durably, when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def export(

@@ -6,7 +6,8 @@ first fsync the new name could come up with old or no bytes, without the second 
 (Pillai et al. 2014, "All File Systems Are Not Created Equal", §4). A crash leaves at most a name
 that begins with `.tmp-`, which `remove_leftovers` clears away.
 
-Everything here blocks: call it from a thread of its own. What the disk refuses is `StorageError`.
+Everything here blocks: call it from a thread of its own. What the disk refuses is `StorageError`,
+unless said otherwise.
 """
 
 from __future__ import annotations
@@ -39,19 +40,27 @@ def write_file(path: Path, data: bytes) -> None:
         StorageError: the disk is full or failing. What was at `path` before is still there, unless
             the very last step failed, the fsync of the directory: then it is either.
     """
+    with storage_errors(path), replacing(path) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path`, atomically, if the block succeeds.
+
+    What the disk refuses is `OSError` here, so that the block's own errors stay what they are.
+    """
     temporary = _beside(path)
-    with storage_errors(path):
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(path.parent)
+    try:
+        yield temporary
+        _sync(str(temporary))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
