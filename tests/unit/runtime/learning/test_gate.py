@@ -609,12 +609,10 @@ def test_what_one_of_many_sources_wants_alone_is_not_published() -> None:
     pairs = [pair(key, 0.02 * (-1) ** key, source=f"user {key % 3}") for key in range(24)]
     pairs += [pair(key, 2.0, source="flood") for key in range(24, 48)]
     before = tuple(pair(p.key, 0.0, source=p.source) for p in pairs)
-    verdict = judge(
-        Evaluation(pairs=tuple(pairs), probe=PROBE),
-        Evaluation(pairs=before, probe=PROBE),
-        PROBE,
-        replace(CONFIG, half_life=20),
-        BETA,
-    )
+    candidate = Evaluation(pairs=tuple(pairs), probe=PROBE)
+    live = Evaluation(pairs=before, probe=PROBE)
+    # Where the flood's later samples weigh more, so that all together look better.
+    verdict = judge(candidate, live, PROBE, replace(CONFIG, half_life=20), BETA)
     assert verdict.reasons == ("not_better",)
     assert "'flood'" in verdict.explanation
+    assert judge(candidate, live, PROBE, CONFIG, BETA).reasons == ("not_better",)
