@@ -90,7 +90,7 @@ class News:
 @pytest.fixture
 def news(monkeypatch: pytest.MonkeyPatch) -> News:
     news = News()
-    add_iteration, add_quantum = Timeline.add_iteration, Timeline.add_quantum
+    add_iteration, add_quantum, mark = Timeline.add_iteration, Timeline.add_quantum, Timeline.mark
 
     def on_iteration(timeline: Timeline, record: Any) -> None:
         add_iteration(timeline, record)
@@ -101,8 +101,13 @@ def news(monkeypatch: pytest.MonkeyPatch) -> News:
         news.quanta.append(record)
         news.ring()
 
+    def on_mark(timeline: Timeline, name: str, detail: str = "") -> None:
+        mark(timeline, name, detail)
+        news.ring()
+
     monkeypatch.setattr(Timeline, "add_iteration", on_iteration)
     monkeypatch.setattr(Timeline, "add_quantum", on_quantum)
+    monkeypatch.setattr(Timeline, "mark", on_mark)
     return news
 
 
@@ -593,8 +598,9 @@ async def test_a_trainer_is_set_down_while_memory_is_short_and_goes_on_after(
                 old = learner._trainer
                 assert old is not None
                 device.free_bytes = MARGIN + 8 * ROW  # not one sample of a batch fits
-                await news.until(lambda: rt.learning().adapters[0].phase == "set_down")
-                await news.until(lambda: len(trainers.left) == times)  # noqa: B023 - at once
+                await news.until(lambda: rt.learning().adapters[0].set_downs == times)  # noqa: B023
+                assert rt.learning().adapters[0].phase == "set_down"
+                assert len(trainers.left) == times
                 assert old.held_bytes() == 0
                 assert learner._trainer is None
                 assert learner._good is None
@@ -603,7 +609,6 @@ async def test_a_trainer_is_set_down_while_memory_is_short_and_goes_on_after(
                 await news.until(lambda: all(answers[c] > answered[c] + 3 for c in range(CLIENTS)))  # noqa: B023
                 assert len(news.quanta) == seen
                 assert steps_of(rt) == steps == trainers.left[-1][1]["steps"]
-                assert rt.learning().adapters[0].set_downs == times
 
                 device.free_bytes = 600 * MIB
                 await news.until(lambda: steps_of(rt) >= steps + 3)  # noqa: B023 - at once
@@ -654,7 +659,8 @@ async def test_an_idle_trainer_gives_way_to_a_request_that_memory_keeps_waiting(
                 async with rt.complete(prompt(3), GREEDY) as waiting:
                     await news.until(lambda: rt._served.scheduler._starved_s > 0.0)
                     gate.clear()  # they run until the test has seen enough
-                    await news.until(lambda: len(trainers.left) == 1)
+                    await news.until(lambda: rt.learning().adapters[0].set_downs == 1)
+                    assert len(trainers.left) == 1
                     assert rt.statistics().waiting == 1
                     assert rt.statistics().running == 2
                     assert rt.learning().adapters[0].phase == "set_down"
