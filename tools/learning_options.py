@@ -109,13 +109,6 @@ _TRAINING = (
     ),
     _Flag("--learning-rate", "learning.training.learning_rate", float, "LR", "of AdamW"),
     _Flag(
-        "--loraplus-ratio",
-        "learning.training.loraplus_ratio",
-        float,
-        "RATIO",
-        "B learns this many times as fast as A; with a large one A stays as it was drawn",
-    ),
-    _Flag(
         "--warmup-steps", "learning.training.warmup_steps", int, "N", "steps until the full rate"
     ),
     _Flag("--weight-decay", "learning.training.weight_decay", float, "W", "of AdamW"),

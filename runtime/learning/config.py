@@ -76,9 +76,6 @@ class TrainingConfig:
     """Which linear layers: "all-linear", or names separated by commas."""
     learning_rate: float | None = None
     """Of AdamW, after the warm-up (None: 0.256 / the model's hidden size; 6e-5 for 4096)."""
-    loraplus_ratio: float = 1.0
-    """B learns this many times as fast as A, whose rate is `learning_rate` divided by it (LoRA+,
-    Hayou et al. 2024, arXiv 2402.12354); [1, inf). With a large one A stays as it was drawn."""
     warmup_steps: int = 10
     """Optimizer steps over which the rate rises from 0."""
     weight_decay: float = 5.0
@@ -130,7 +127,6 @@ class TrainingConfig:
         _check("learning.training.lora_alpha", self.lora_alpha, 0.0, is_open=True)
         if self.learning_rate is not None:
             _check("learning.training.learning_rate", self.learning_rate, 0.0, is_open=True)
-        _check("learning.training.loraplus_ratio", self.loraplus_ratio, 1.0)
         _check("learning.training.warmup_steps", self.warmup_steps, 0)
         _check("learning.training.weight_decay", self.weight_decay, 0.0)
         _check("learning.training.max_grad_norm", self.max_grad_norm, 0.0, is_open=True)

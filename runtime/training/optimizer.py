@@ -4,8 +4,7 @@ Moments and gradients are allocated once, at construction, and the fused step wo
 optimizer step needs no memory of its own and cannot run out of it half way through.
 
 Sources: AdamW, Loshchilov and Hutter 2019, arXiv 1711.05101; clipping by global norm, Pascanu et
-al. 2013, arXiv 1211.5063; a rate of their own for A and B, LoRA+, Hayou et al. 2024, arXiv
-2402.12354.
+al. 2013, arXiv 1211.5063.
 """
 
 from __future__ import annotations
@@ -25,14 +24,6 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimizer:
     """Owns the gradients and moments of `parameters`, which it alone updates.
 
-    Args:
-        parameters: by name.
-        learning_rate: after the warm-up.
-        warmup_steps: over which the rate rises from 0.
-        weight_decay: decoupled; a step takes the parameter's rate times this share of it away.
-        max_grad_norm: the gradient of all parameters together is scaled down to it.
-        rate_shares: those parameters that learn at a share of the rate, by name.
-
     Attributes:
         steps: optimizer steps taken.
     """
@@ -45,7 +36,6 @@ class Optimizer:
         warmup_steps: int,
         weight_decay: float,
         max_grad_norm: float,
-        rate_shares: Mapping[str, float] | None = None,
     ) -> None:
         self.steps = 0
         self._parameters = dict(parameters)
@@ -56,16 +46,8 @@ class Optimizer:
         self._gradients = [torch.zeros_like(p) for p in values]
         for parameter, gradient in zip(values, self._gradients, strict=True):
             parameter.grad = gradient
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self._parameters.items():
-            groups.setdefault((rate_shares or {}).get(name, 1.0), []).append(parameter)
         # A step at rate zero and without gradients allocates the moments and changes nothing.
-        self._adamw = torch.optim.AdamW(
-            [{"params": group, "share": share} for share, group in groups.items()],
-            lr=0.0,
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        self._adamw = torch.optim.AdamW(values, lr=0.0, weight_decay=weight_decay, fused=True)
         self._adamw.step()
         self._set_steps(0)
 
@@ -89,8 +71,7 @@ class Optimizer:
         """Clip what was accumulated, whose norm this is, and move the parameters."""
         if gradient_norm > self._max_grad_norm:
             torch._foreach_mul_(self._gradients, self._max_grad_norm / gradient_norm)
-        for group in self._adamw.param_groups:
-            group["lr"] = self.learning_rate * group["share"]
+        self._adamw.param_groups[0]["lr"] = self.learning_rate
         self._adamw.step()
         self.steps += 1
 

@@ -233,7 +233,6 @@ class Trainer:
                 warmup_steps=config.warmup_steps,
                 weight_decay=config.weight_decay,
                 max_grad_norm=config.max_grad_norm,
-                rate_shares=dict.fromkeys(self._tree.names_of("A"), 1.0 / config.loraplus_ratio),
             )
             if config.average_decay > 0:
                 self._average = WeightAverage(self._lora, config.average_decay)

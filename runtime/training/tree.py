@@ -125,10 +125,6 @@ class TrainingTree:
             if parameter.requires_grad
         }
 
-    def names_of(self, matrix: Literal["A", "B"]) -> list[str]:
-        """Those names of `named_lora` that are of this matrix."""
-        return [lora_name(path, matrix) for path in self._linears]
-
     def logps(
         self, packed: PackedGroups, *, weights: WeightsName = "trained", kl_to_anchor: bool = False
     ) -> CompletionLogps:

@@ -42,7 +42,6 @@ def with_setting(group: str, field: str, value: Any) -> LearningConfig:
         ("training", "beta", 0.0),
         ("training", "label_smoothing", 0.5),
         ("training", "learning_rate", math.inf),
-        ("training", "loraplus_ratio", 0.5),
         ("training", "replay_share", 1.0),
         ("training", "batch_size", True),
         ("training", "max_length", 1),

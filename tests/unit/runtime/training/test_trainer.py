@@ -523,20 +523,6 @@ def test_steps_are_those_of_adamw_on_clipped_gradients(model: Any, pairs: list[S
         torch.testing.assert_close(parameter.detach(), masters[name], rtol=1e-4, atol=1e-6)
 
 
-def test_with_a_large_lora_plus_ratio_a_stays_as_it_was_drawn(
-    model: Any, pairs: list[Sample]
-) -> None:
-    trainer, plain = make_trainer(model, loraplus_ratio=1e9), make_trainer(model)
-    drawn = lora_of(trainer)
-    for _ in range(3):
-        trainer.train_batch(pairs)
-        plain.train_batch(pairs)
-    for name, before in drawn.items():
-        still, moved = lora_of(trainer)[name], lora_of(plain)[name]
-        assert torch.allclose(still, before, rtol=0.0, atol=1e-9) == ("lora_A" in name)
-        assert not torch.equal(moved, before)
-
-
 def test_a_fresh_adapter_changes_nothing_and_the_first_loss_is_that_of_no_margin(
     model: Any, pairs: list[Sample]
 ) -> None:
