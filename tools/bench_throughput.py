@@ -87,14 +87,15 @@ def run(args: argparse.Namespace) -> int:
     )
     with tempfile.TemporaryDirectory(prefix="cotune-bench-") as directory:
         model = make_model(Path(directory), args.shape, args.dtype)
-        engines = [Peer("cotune", sys.executable, model, args)]
-        for name in args.compare:
-            python = args.vllm_python if name == "vllm" else sys.executable
-            engines.append(Peer(name, python, model, args))
-        if args.adapter_rank:
-            adapter = make_adapter(Path(directory), model, rank=args.adapter_rank)
-            engines.append(Peer("cotune", sys.executable, model, args, adapter))
+        engines: list[Peer] = []
         try:
+            engines.append(Peer("cotune", sys.executable, model, args))
+            for name in args.compare:
+                python = args.vllm_python if name == "vllm" else sys.executable
+                engines.append(Peer(name, python, model, args))
+            if args.adapter_rank:
+                adapter = make_adapter(Path(directory), model, rank=args.adapter_rank)
+                engines.append(Peer("cotune", sys.executable, model, args, adapter))
             result = _measure(engines, work, args.repeats)
         finally:
             for engine in engines:
@@ -146,7 +147,11 @@ class Peer:
             text=True,
             start_new_session=True,  # some engines start processes of their own: see close()
         )
-        self.about: dict[str, Any] = self._read().get("about", {})
+        try:
+            self.about: dict[str, Any] = self._read().get("about", {})
+        except BaseException:  # nobody has it yet who could close it
+            self.close()
+            raise
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:

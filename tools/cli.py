@@ -5,17 +5,21 @@ Each subcommand is a module in this folder with ``add_arguments(parser)`` and ``
 module of the command that was asked for is imported, and modules import torch inside ``run``, so
 that help comes at once.
 
-Exit status: 0 done; 1 failed; 2 wrong flags, settings, model or adapter; 130 interrupted.
+Exit status: 0 done; 1 failed; 2 wrong flags, settings, model or adapter; 130 interrupted; 143
+terminated. Both ways to end it early leave no process and no temporary folder behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, Protocol, cast
 
 from .. import __version__
@@ -23,7 +27,8 @@ from ..runtime.errors import ConfigError, CotuneError
 from .options import FLAG_OF_SETTING, apply_config_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import FrameType
 
 
 class Command(Protocol):
@@ -34,6 +39,12 @@ class Command(Protocol):
 
     def run(self, args: argparse.Namespace) -> int:
         """Do it; the exit status."""
+
+
+class _TerminatedError(SystemExit):
+    """SIGTERM has come; asyncio lets an exit of the process through, whoever waits."""
+
+    code: int
 
 
 # Name: module in this folder, one line of help (here so that listing them imports none).
@@ -86,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 format="%(asctime)s %(levelname)s %(name)s: %(message)s",
                 datefmt="%H:%M:%S",
             )
-        return command.run(args)
+        with _leaving_on_sigterm():
+            return command.run(args)
     except CotuneError as error:
         is_wrong_setting = isinstance(error, ConfigError)
         flag = FLAG_OF_SETTING.get(error.param or "") if is_wrong_setting else None
@@ -96,11 +108,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except _TerminatedError as terminated:
+        print(f"{name}: terminated", file=sys.stderr)
+        return int(terminated.code)
     except BrokenPipeError:
         # The reader of our output has gone (`cotune ... | head`). Nothing more can be said there,
         # and the interpreter's own flush at exit must not fail on it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds the command as Ctrl-C does, unless the command listens for it itself."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise _TerminatedError(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _name_of(argv: Sequence[str]) -> str:

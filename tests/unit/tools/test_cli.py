@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
+import signal
 import subprocess
 import sys
+import tempfile
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ import cotune
 from cotune.runtime.errors import ConfigError, CotuneError, OverloadedError
 from cotune.tools import cli
 from cotune.tools.cli import BENCHMARKS, COMMANDS, main
-from cotune.tools.options import add_general_arguments
+from cotune.tools.options import add_general_arguments, loop_factory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -224,6 +227,40 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     process.stderr.close()
     process.wait(60)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_sigterm_unwinds_a_command(
+    install: Callable[[Callable[..., int]], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    is_async: bool,
+) -> None:
+    ended: list[str] = []
+
+    async def work() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.Event().wait())
+                asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGTERM)
+        finally:
+            ended.append("work")
+
+    def run(_args: object) -> int:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            if is_async:
+                with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                    runner.run(work())
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    install(run)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["example"]) == 143
+    assert capsys.readouterr().err == "cotune example: terminated\n"
+    assert list(tmp_path.iterdir()) == []
+    assert ended == (["work"] if is_async else [])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(
