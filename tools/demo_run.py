@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from ..runtime.learning.durable import replacing
+from ..runtime.learning.durable import remove_leftovers, replacing
 from . import demo_data
 from .demo_recipe import (
     CHECKPOINT_FILE,
@@ -63,6 +63,8 @@ def train_demo(args: argparse.Namespace) -> int:
 
     candidates = [args.data] if args.data is not None else [Path("../shared/data")]
     corpora = demo_data.load_corpora(demo_data.find_data(candidates))
+    args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(args.checkpoint_dir)  # of a run that was killed
     tokenizer = _tokenizer(corpora, args.checkpoint_dir / TOKENIZER_FILE, shape.vocab_size)
     train = {n: demo_data.pack_documents(tokenizer, d) for n, d in corpora.train.items()}
     held_out = {n: demo_data.pack_documents(tokenizer, d) for n, d in corpora.held_out.items()}
@@ -103,7 +105,6 @@ def _tokenizer(corpora: demo_data.Corpora, path: Path, vocab_size: int) -> Token
     """The run's tokenizer: trained once, then kept beside the checkpoint."""
     if not path.exists():
         tokenizer = demo_data.train_tokenizer(corpora, vocab_size=vocab_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             tokenizer.save(str(temporary))
     return Tokenizer.from_file(str(path))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..runtime.learning.durable import replacing
+from ..runtime.learning.durable import remove_leftovers, replacing
 from . import demo_data
 from .demo_data import TokenMixer
 from .demo_recipe import (
@@ -368,7 +368,7 @@ class DemoTrainer:
     def save(self, path: Path) -> None:
         """Write everything needed to go on.
 
-        The old file stays whole until the new one is on disk.
+        The old file stays whole until the new one is on disk. Its folder must be there.
         """
         state = {
             "format": CHECKPOINT_FORMAT,
@@ -382,7 +382,6 @@ class DemoTrainer:
             "stable_mixer": self.stable_mixer.state(),
             "decay_mixer": self.decay_mixer.state(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
 
@@ -468,6 +467,7 @@ def export(
     written["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings_file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
     for file in sorted(staging.iterdir()):
         with replacing(output / file.name) as temporary:
             shutil.copyfile(file, temporary)

@@ -407,6 +407,7 @@ def test_failed_write_leaves_the_old_checkpoint(
     with pytest.raises(OSError, match="no space"):
         trainer.save(path)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -435,7 +436,15 @@ def test_run_stops_resumes_and_exports_a_loadable_model(
     assert "stopped at step 3" in capsys.readouterr().out
     assert train_demo.run(command(data, tmp_path)) == 2
     assert "--resume" in capsys.readouterr().err
+    (tmp_path / "model").mkdir()
+    killed = [
+        tmp_path / "ck" / ".tmp-checkpoint.pt-0123",
+        tmp_path / "model" / ".tmp-config.json-45",
+    ]
+    for leftover in killed:
+        leftover.write_bytes(b"half")
     assert train_demo.run(command(data, tmp_path, "--resume")) == 0
+    assert not any(leftover.exists() for leftover in killed)
     output = capsys.readouterr().out
     assert "resumed at step 3" in output
     assert "bits/byte" in output
