@@ -609,6 +609,7 @@ async def test_a_trainer_is_set_down_while_memory_is_short_and_goes_on_after(
                 await news.until(lambda: all(answers[c] > answered[c] + 3 for c in range(CLIENTS)))  # noqa: B023
                 assert len(news.quanta) == seen
                 assert steps_of(rt) == steps == trainers.left[-1][1]["steps"]
+                assert rt.learning().adapters[0].set_downs == times
 
                 device.free_bytes = 600 * MIB
                 await news.until(lambda: steps_of(rt) >= steps + 3)  # noqa: B023 - at once
