@@ -44,8 +44,6 @@ class Command(Protocol):
 class _TerminatedError(SystemExit):
     """SIGTERM has come; asyncio lets an exit of the process through, whoever waits."""
 
-    code: int
-
 
 # Name: module in this folder, one line of help (here so that listing them imports none).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -108,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except _TerminatedError as terminated:
+    except _TerminatedError:
         print(f"{name}: terminated", file=sys.stderr)
-        return int(terminated.code)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:
         # The reader of our output has gone (`cotune ... | head`). Nothing more can be said there,
         # and the interpreter's own flush at exit must not fail on it either.
@@ -122,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _leaving_on_sigterm() -> Iterator[None]:
     """SIGTERM unwinds the command as Ctrl-C does, unless the command listens for it itself."""
 
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise _TerminatedError(128 + number)
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise _TerminatedError
 
     if threading.current_thread() is not threading.main_thread():  # it gets no signals
         yield
