@@ -146,8 +146,7 @@ def read_lora(path: str | Path, model: nn.Module, *, max_rank: int) -> LoraWeigh
         if set(pair) != {"A", "B"}:
             absent = "AB".replace(next(iter(pair)), "")
             raise _error(f"{file}: {module} has no lora_{absent}; save the adapter again with peft")
-        rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
-        alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+        rank, alpha = _rank_and_alpha(config, module)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise _error(
                 f"{path / CONFIG_FILE}: rank_pattern gives {module} the rank {rank!r}; it must be "
@@ -172,9 +171,15 @@ def read_lora(path: str | Path, model: nn.Module, *, max_rank: int) -> LoraWeigh
                     f"{file}: lora_{matrix} of {module} has values that are not finite; the "
                     "training diverged: use an earlier checkpoint"
                 )
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        scaling = lora_scaling(config, module)
         modules[module] = LoraPair(pair["A"].float(), pair["B"].float() * scaling)
     return LoraWeights(max(pair.a.shape[0] for pair in modules.values()), MappingProxyType(modules))
+
+
+def lora_scaling(config: Mapping[str, Any], module: str) -> float:
+    """What B A is multiplied by in the linear at this path; `config` is that of the adapter."""
+    rank, alpha = _rank_and_alpha(config, module)
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -257,6 +262,14 @@ def _compare_base(path: Path, config: dict[str, Any], model: nn.Module) -> None:
         logger.warning("adapter %s was trained on %r; it is put on %r", path, theirs, ours)
 
 
+def _rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[Any, Any]:
+    """R and alpha of the linear at this path, as the file says."""
+    return (
+        _pattern_value(config.get("rank_pattern"), module, config["r"]),
+        _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]),
+    )
+
+
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The first entry whose key, a regular expression, matches the path or its end, as in peft."""
     for key, value in (pattern or {}).items():
@@ -314,6 +327,7 @@ def _describe(key: str) -> str:
         ("lora_embedding_", "an adapter of an embedding"),
         ("lora_magnitude_vector", "a DoRA magnitude"),
         (".bias", "a bias"),
+        ("base_layer", "a copy of base weights (save_embedding_layers=False leaves it out)"),
         ("embed_tokens", "a changed embedding"),
         ("lm_head", "a changed output head"),
     ):
@@ -337,12 +351,6 @@ def _linear(file: Path, path: str, model: nn.Module) -> nn.Linear:
         raise _error(
             f"{file}: {path!r} is {type(module).__name__}, and only adapters of nn.Linear are "
             "served; train without that target"
-        )
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if module is head:
-        raise _error(
-            f"{file}: {path!r} is the output head, whose adapters are not served; train without "
-            "that target"
         )
     return module
 

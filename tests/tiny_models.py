@@ -239,6 +239,7 @@ def save_lora(
     rank: int = 4,
     targets: Sequence[str] | str = ALL_LINEARS,
     seed: int = 0,
+    save_embedding_layers: bool = False,
     **lora_config: Any,
 ) -> Path:
     """Let peft make a LoRA adapter of `model` with random A and B, and save it as peft does.
@@ -248,6 +249,7 @@ def save_lora(
         model: the base model; it is copied, not changed.
         rank: R; `lora_config` may override it per module with rank_pattern.
         targets: names (or one regular expression) of the linears that get an adapter.
+        save_embedding_layers: as peft's; True: with the base weights of the head, if that is named.
         lora_config: further fields of peft's LoraConfig; lora_alpha is 2 * rank unless given.
 
     Returns:
@@ -271,7 +273,7 @@ def save_lora(
                     parameter.copy_(torch.randn(parameter.shape) / math.sqrt(parameter.shape[-1]))
                 elif "lora_B" in name or "lora_embedding_B" in name:
                     parameter.copy_(torch.randn(parameter.shape) * 0.4 / math.sqrt(rank))
-        adapted.save_pretrained(path)
+        adapted.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
+from ..lora import lora_scaling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,10 +77,6 @@ def _read(directory: Path | None) -> dict[str, Factors]:
         return {}
     try:
         config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise ValueError("ranks differ by module, which training here never writes")
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         matrices: dict[str, dict[str, torch.Tensor]] = {}
         with safe_open(directory / "adapter_model.safetensors", framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
@@ -88,7 +85,10 @@ def _read(directory: Path | None) -> dict[str, Factors]:
                     raise ValueError(f"{key!r} is no A or B of a linear")
                 matrix = tensors.get_tensor(key).double()
                 matrices.setdefault(match["module"], {})[match["matrix"]] = matrix
-        return {module: (pair["A"], scaling * pair["B"]) for module, pair in matrices.items()}
+        return {
+            module: (pair["A"], lora_scaling(config, module) * pair["B"])
+            for module, pair in matrices.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConfigError(
             f"the adapter in {directory} cannot be read ({error}); get it from a backup"

@@ -148,7 +148,7 @@ def test_each_row_has_its_own_adapter_as_peft_computes_it(tmp_path: Path, family
     targets = {
         1: (["q_proj", "v_proj"], 4),
         2: (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 8),
-        3: (["o_proj", "down_proj"], 2),
+        3: (["o_proj", "down_proj", "lm_head"], 2),
     }
     sequences = prompts(loaded.vocab_size, (33, 17, 5, 48, 20))
     slots = [1, 0, 2, 3, 2]
@@ -220,7 +220,7 @@ def test_a_family_without_a_recipe_runs_through_its_own_modules(tmp_path: Path) 
         max_num_batched_tokens=64,
     )
     assert executor.describe()["forward"].startswith("model's modules")
-    save_lora(tmp_path / "adapter", loaded.model, 4, ["q_proj", "up_proj"], 1)
+    save_lora(tmp_path / "adapter", loaded.model, 4, ["q_proj", "up_proj", "lm_head"], 1)
     executor.install_adapter(1, read_lora(tmp_path / "adapter", loaded.model, max_rank=64))
     adapted = with_peft_adapter(loaded.model, tmp_path / "adapter")
     sequences = prompts(loaded.vocab_size, LENGTHS)

@@ -100,7 +100,13 @@ def test_every_way_to_scale_and_target_reads_what_peft_reads(
 
 
 @pytest.mark.parametrize(
-    "targets", [["q_proj", "v_proj"], r".*layers\.[01]\.self_attn\.(q|o)_proj", "all-linear"]
+    "targets",
+    [
+        ["q_proj", "v_proj"],
+        ["q_proj", "lm_head"],
+        r".*layers\.[01]\.self_attn\.(q|o)_proj",
+        "all-linear",
+    ],
 )
 def test_targets_may_be_names_a_pattern_or_all_linears(
     tmp_path: Path, targets: list[str] | str
@@ -349,18 +355,10 @@ def test_an_adapter_of_an_embedding_is_refused(tmp_path: Path) -> None:
     assert "embed" in refusal(path)
 
 
-def test_an_adapter_of_the_output_head_is_refused(adapter: Path) -> None:
-    edit_config(adapter, target_modules=[*ALL_LINEARS, "lm_head"])
-    head = MODEL.lm_head
-    tensors(
-        lambda t: t.update(
-            {
-                key("lm_head", "A"): torch.ones(4, head.in_features),
-                key("lm_head", "B"): torch.ones(head.out_features, 4),
-            }
-        )
-    )(adapter)
-    assert "'lm_head' is the output head" in refusal(adapter)
+def test_a_copy_of_the_output_head_beside_its_adapter_is_refused(tmp_path: Path) -> None:
+    """peft saves it unless told otherwise, and would put it in the place of the base model's."""
+    path = save_lora(tmp_path / "a", MODEL, targets=["lm_head"], save_embedding_layers=True)
+    assert "save_embedding_layers=False" in refusal(path)
 
 
 def test_an_adapter_of_something_else_than_a_linear_is_refused(adapter: Path) -> None:

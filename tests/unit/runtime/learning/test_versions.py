@@ -278,6 +278,20 @@ def test_weights_are_compared_by_what_they_add_and_not_by_their_factors(
     assert next(iter(store.diff("tutor", 1, 3).modules.values())).relative == pytest.approx(2 / 3)
 
 
+def test_a_module_with_a_rank_and_an_alpha_of_its_own_is_compared_by_those(
+    store: VersionStore,
+) -> None:
+    def save(directory: Path) -> None:
+        saver(rank=2)(directory)
+        file = directory / "adapter_config.json"
+        of_its_own = {"r": 8, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 6}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | of_its_own))
+
+    store.write("tutor", store.next_number("tutor"), save, MANIFEST, refused=False)
+    (item,) = store.diff("tutor", 0, 1).modules.values()
+    assert item.distance == pytest.approx(6 * 15**0.5)  # B A is 5 x 3, each entry R; times 6 / R
+
+
 def test_a_damaged_adapter_is_named(store: VersionStore) -> None:
     number = publish(store)
     (store.path("tutor", number) / "adapter_model.safetensors").write_bytes(b"no")
