@@ -107,6 +107,13 @@ _TRAINING = (
         "NAMES",
         "which linear layers, separated by commas",
     ),
+    _Flag(
+        "--stop-alpha",
+        "learning.training.stop_alpha",
+        float,
+        "A",
+        "train also when to end an answer, by rank one on the output head, scaled by A; 0: not",
+    ),
     _Flag("--learning-rate", "learning.training.learning_rate", float, "LR", "of AdamW"),
     _Flag(
         "--warmup-steps", "learning.training.warmup_steps", int, "N", "steps until the full rate"

@@ -74,6 +74,8 @@ class TrainingConfig:
     """The adapter's output is scaled by alpha / R."""
     target_modules: str = "all-linear"
     """Which linear layers: "all-linear", or names separated by commas."""
+    stop_alpha: float = 0.0
+    """Train also when to end an answer, by rank one on the output head, scaled by this; 0: not."""
     learning_rate: float | None = None
     """Of AdamW, after the warm-up (None: 0.256 / the model's hidden size; 6e-5 for 4096)."""
     warmup_steps: int = 10
@@ -125,6 +127,7 @@ class TrainingConfig:
             _check(f"learning.training.{name}", getattr(self, name), 0.0)
         _check("learning.training.lora_rank", self.lora_rank, 1)
         _check("learning.training.lora_alpha", self.lora_alpha, 0.0, is_open=True)
+        _check("learning.training.stop_alpha", self.stop_alpha, 0.0)
         if self.learning_rate is not None:
             _check("learning.training.learning_rate", self.learning_rate, 0.0, is_open=True)
         _check("learning.training.warmup_steps", self.warmup_steps, 0)

@@ -262,6 +262,7 @@ class LearningService:
             safepoints=self.safepoints,
             base_name=str(self._loaded.path),
             max_length=self._max_length,
+            stop_token_ids=self._loaded.eos_token_ids,
         )
 
     def _read_adapter(self, path: Path) -> LoraWeights:

@@ -8,6 +8,9 @@ direction in which its hidden state moves the log-probability:
 with J = dl/dh, the head's weight W (V, D) for a plain head. The backward is then one product per
 row with a number and needs no second pass through the head. The divergence to the anchor,
 KL(a || l) = sum_v a_v (log a_v - log softmax(l)_v), has the direction (softmax(l) - a) J.
+
+Where the adapter also moves the stop tokens (`StopLora`), a hidden state has one column more: the
+z that is added to what the head says of each of them, so that dz comes with dh.
 """
 
 from __future__ import annotations
@@ -46,7 +49,10 @@ class RowResult(NamedTuple):
 
 
 class Head(Protocol):
-    """From hidden states, after the last norm, to log-probabilities."""
+    """From hidden states (r, D), after the last norm, to log-probabilities.
+
+    With stop tokens they are (r, D + 1); see the module docstring.
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +66,7 @@ class Head(Protocol):
         *,
         needs_gradient: bool,
     ) -> RowResult:
-        """Results of rows (r, D) and their targets (r,); `anchor` (r, D) is the anchor's hidden."""
+        """Results of rows and their targets (r,); `anchor` is the anchor's hidden states."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,12 +76,14 @@ class PlainHead:
     Attributes:
         weight: (V, D). bias: (V,) or None.
         softcap: 0 for none.
+        stops: (S,) int64, the stop tokens that the last column is added to; None for none.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     divisor: float
     softcap: float
+    stops: torch.Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -84,7 +92,10 @@ class PlainHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(r, V) float32."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        states, shift = _split(hidden, self.stops)
+        logits = F.linear(states, self.weight, self.bias).float()
+        if shift is not None:
+            logits[:, self.stops] += shift
         if self.divisor != 1.0:
             logits = logits.div_(self.divisor)
         if self.softcap:
@@ -125,7 +136,17 @@ class PlainHead:
         if slope is not None:
             gradient *= slope
         direction = gradient.to(dtype) @ self.weight
+        if self.stops is not None:
+            of_shift = gradient[:, self.stops].sum(dim=1, keepdim=True)
+            direction = torch.cat((direction, of_shift.to(dtype)), dim=1)
         return direction.div_(self.divisor) if self.divisor != 1.0 else direction
+
+
+def _split(
+    hidden: torch.Tensor, stops: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states (r, D), and what is added to the stop tokens (r, 1), if anything is."""
+    return (hidden, None) if stops is None else (hidden[:, :-1], hidden[:, -1:])
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,9 +165,16 @@ class ModelHead:
 
     Args:
         causal: the causal LM; its base model is left out of the calls.
+        stops: see `PlainHead`. With them the output layer is from now on called through this.
     """
 
-    def __init__(self, causal: Any) -> None:
+    def __init__(self, causal: Any, stops: torch.Tensor | None = None) -> None:
+        self._stops = stops
+        self._shift: torch.Tensor | None = None
+        if stops is not None:
+            module = causal.get_output_embeddings()
+            self._layer = _plain_layer(module).forward
+            module.forward = self._shifted
         self._shell = copy.copy(causal)
         self._shell.__dict__["_modules"] = dict(causal._modules)
         self._shell._modules[causal.base_model_prefix] = _Given()
@@ -154,7 +182,8 @@ class ModelHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(r, V) float32."""
-        output = self._shell(inputs_embeds=hidden.unsqueeze(0), use_cache=False)
+        states, self._shift = _split(hidden, self._stops)
+        output = self._shell(inputs_embeds=states.unsqueeze(0), use_cache=False)
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
@@ -183,6 +212,12 @@ class ModelHead:
                     (dkl,) = torch.autograd.grad(kl.sum(), hidden)
         return RowResult(logps.detach(), None if kl is None else kl.detach(), dlogps, dkl)
 
+    def _shifted(self, states: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._layer(states)
+        if self._shift is None or self._stops is None:
+            return logits
+        return logits.index_add(-1, self._stops, self._shift.expand(-1, len(self._stops))[None])
+
 
 class _Given(nn.Module):
     """In place of the base model: the hidden states are what is passed as embeddings."""
@@ -194,10 +229,10 @@ class _Given(nn.Module):
 
 
 @torch.no_grad()
-def find_head(causal: Any) -> Head:
+def find_head(causal: Any, stops: torch.Tensor | None = None) -> Head:
     """The fast closed form where the model's own logits prove it, else the model's own way."""
-    config, module = causal.config, causal.get_output_embeddings()
-    own = ModelHead(causal)
+    config, module = causal.config, _plain_layer(causal.get_output_embeddings())
+    own = ModelHead(causal, stops)
     if not isinstance(module, nn.Linear):
         return own
     scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies, Granite divides
@@ -206,10 +241,11 @@ def find_head(causal: Any) -> Head:
         module.bias,
         float(getattr(config, "logits_scaling", None) or 1.0) / scale,
         float(getattr(config, "final_logit_softcapping", None) or 0.0),
+        stops,
     )
     weight = module.weight
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(24, weight.shape[1], generator=generator)
+    probe = torch.randn(24, weight.shape[1] + (stops is not None), generator=generator)
     # Large and small, so that a cap or an offset shows.
     probe *= torch.tensor([0.1, 1.0, 10.0]).repeat_interleave(8).unsqueeze(1)
     probe = probe.to(weight)
@@ -217,6 +253,11 @@ def find_head(causal: Any) -> Head:
     gap = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
     is_proved = bool((gap < _TOLERANCE.get(weight.dtype, 0.0)).all())
     return plain if is_proved else own
+
+
+def _plain_layer(module: Any) -> Any:
+    """The output layer without the adapter that peft put around it."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def completion_logps(
@@ -228,10 +269,10 @@ def completion_logps(
     """Log-probabilities of whole completions, and their divergence from the anchor.
 
     Args:
-        hidden: (T, D), after the last norm; gradients flow to it.
+        hidden: (T, D), after the last norm, or as `head` takes it; gradients flow to it.
         packed: the batch.
         head: of the model.
-        anchor: (T, D), the anchor's hidden states, if the divergence is wanted.
+        anchor: likewise, the anchor's hidden states, if the divergence is wanted.
 
     Returns:
         (N,) float32 summed over each completion's tokens, and the same of KL(anchor || trained).

@@ -50,13 +50,16 @@ class LoraLinear:
         self._choice = choice
         self._anchor: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def chosen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A and B of the weights that the forward under way uses; None for the base model's."""
+        if self._choice.name == "trained":
+            return self.a, self.b
+        return self._anchor if self._choice.name == "anchor" else None
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        adapter: tuple[torch.Tensor, torch.Tensor] | None = None
-        if self._choice.name == "trained":
-            adapter = self.a, self.b
-        elif self._choice.name == "anchor":
-            adapter = self._anchor
+        adapter = self.chosen
         if adapter is None:
             return F.linear(x, self._weight, self._bias)
         return lora_linear(x, self._weight, self._bias, *adapter, self.scaling)

@@ -36,14 +36,14 @@ from .batches import Group, pack
 from .losses import kto_reference_point
 from .objective import BatchCounts, PartLoss, Tally, completions_of, part_loss
 from .optimizer import Optimizer
-from .tree import TrainingTree, lora_name
+from .tree import StopLora, TrainingTree, lora_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from ..learning.config import TrainingConfig
-    from ..lora import LoraWeights
+    from ..lora import LoraPair, LoraWeights
     from .safepoints import Safepoints
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 QuantumKind: TypeAlias = Literal["kl", "forward", "backward", "step"]
 
 _STATE_FORMAT = 1
+_STATE_DEFAULTS = {"stop_alpha": 0.0}  # of states that were written before there was such a value
 _MAX_FAILED_STEPS = 3
 # The rate that was measured to be right at a hidden size of 256. What a change of an adapter does
 # to a layer's output grows with the layer's width (Yang et al. 2022, "Tensor Programs V").
@@ -192,6 +193,7 @@ class Trainer:
         safepoints: where the thread waits while it is held.
         base_name: what saved adapters say they were trained on.
         max_length: most tokens of prompt plus one completion; longer samples are set aside.
+        stop_token_ids: the tokens that end an answer; needed if `stop_alpha` is set.
         share_prompts: compute the prompt of a pair once. Off only to measure what it saves.
     """
 
@@ -203,6 +205,7 @@ class Trainer:
         safepoints: Safepoints,
         base_name: str,
         max_length: int,
+        stop_token_ids: Iterable[int] = (),
         share_prompts: bool = True,
     ) -> None:
         self._model = model
@@ -218,6 +221,9 @@ class Trainer:
             seed=config.seed,
             safepoints=safepoints,
             base_name=base_name,
+            stop=StopLora(alpha=config.stop_alpha, token_ids=tuple(stop_token_ids))
+            if config.stop_alpha
+            else None,
         )
         self._lora = self._tree.named_lora()
         self._parameters = list(self._lora.values())
@@ -412,16 +418,33 @@ class Trainer:
             if name_a not in values:
                 raise AdapterLoadError(
                     f"{path} adapts {module}, which learning.training.target_modules "
-                    f"({self._config.target_modules!r}) does not; add it",
+                    f"({self._config.target_modules!r}) does not; add it, or set stop_alpha if it "
+                    "is the output head",
                     param="path",
                     code="adapter_refused",
                 )
+            if module == self._tree.stop_path:
+                values[name_a] = self._stop_vector(path, module, pair)
+                continue
             rank = pair.a.shape[0]
             values[name_a], values[name_b] = values[name_a].clone(), values[name_b].clone()
             values[name_a][:rank] = pair.a
             values[name_b][:, :rank] = pair.b / scaling
         self.reset()
         self._load_lora(values)
+
+    def _stop_vector(self, path: Path, module: str, pair: LoraPair) -> torch.Tensor:
+        """A of an adapter of the stop tokens, under this trainer's alpha."""
+        fixed = self._tree.stop_b
+        scale = pair.b.max() / fixed.max()
+        if len(pair.a) != 1 or not torch.allclose(pair.b, scale * fixed):
+            raise AdapterLoadError(
+                f"{path} adapts {module} otherwise than by one number for all tokens that end an "
+                "answer, which is all of it that is trained; train without that target",
+                param="path",
+                code="adapter_refused",
+            )
+        return pair.a * scale
 
     def set_anchor(self) -> None:
         """The KL leash holds from now on to what `weights` gives: it was published."""
@@ -675,11 +698,12 @@ class Trainer:
             "format": _STATE_FORMAT,
             "base": self._base_name,
             "alpha": self._config.lora_alpha,
+            "stop_alpha": self._config.stop_alpha,
         }
 
     def _check_state(self, state: TrainerState) -> None:
         for name, mine in self._identity().items():
-            if state.values.get(name) != mine:
+            if state.values.get(name, _STATE_DEFAULTS.get(name)) != mine:
                 raise _mismatch(
                     f"its {name} is {state.values.get(name)!r}, this trainer's {mine!r}"
                 )

@@ -12,11 +12,13 @@ files; the arithmetic in them is replaced by leaner steps of autograd with the s
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError
@@ -37,6 +39,23 @@ if TYPE_CHECKING:
 def lora_name(path: str, matrix: Literal["A", "B"]) -> str:
     """peft's name of a matrix of the linear at this path of the model."""
     return f"base_model.model.{path}.lora_{matrix}.default.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopLora:
+    """When to end an answer, as LoRA of rank one on the output head: z = alpha (a h).
+
+    B is fixed: one for each stop token, zero for all others, so that z is added to what the head
+    says of them and A (1, D) alone is trained, from zero. How long an answer should be is said by
+    one token of it, and adapters that move all tokens at once hardly come to learn it.
+
+    Attributes:
+        alpha: z is scaled by it, so it is how fast z is learned.
+        token_ids: the tokens that end an answer.
+    """
+
+    alpha: float
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,6 +79,9 @@ class TrainingTree:
 
     Everything here runs on one thread, that of the training lane.
 
+    Attributes:
+        stop_path: where in the model the output head is, if its stop tokens are adapted; else None.
+
     Args:
         model: a transformers causal LM, frozen; it is not changed.
         rank: R of every adapted linear. alpha: its output is scaled by alpha / rank.
@@ -67,9 +89,11 @@ class TrainingTree:
         seed: of the initial A; B starts at zero, so that the adapter starts as nothing.
         safepoints: waited at before every decoder layer, forward and backward.
         base_name: what the adapter's files call the base model; by default the model's own name.
+        stop: also train when to end an answer; None: do not.
 
     Raises:
-        ConfigError: `target_modules` names no linear layer, or one that cannot be adapted.
+        ConfigError: `target_modules` names no linear layer, or one that cannot be adapted; or
+            `stop` is given for a model without stop tokens or with an unusual output head.
     """
 
     def __init__(
@@ -82,12 +106,14 @@ class TrainingTree:
         seed: int,
         safepoints: Safepoints,
         base_name: str | None = None,
+        stop: StopLora | None = None,
     ) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(ATTENTION, training_attention)
         self._safepoints = safepoints
-        self._peft = _adapted_copy(model, rank, alpha, target_modules, seed)
+        config = _lora_config(model, rank, alpha, target_modules, stop)
+        self._peft = _adapted_copy(model, config, seed)
         self._config = self._peft.peft_config["default"]
         self._config.base_model_name_or_path = base_name or model.config._name_or_path or None
         causal = self._peft.base_model.model
@@ -95,7 +121,14 @@ class TrainingTree:
         self._base = getattr(causal, causal.base_model_prefix)
         self._choice = WeightsChoice()
         self._linears = _replace_linears(causal, self._choice)
-        self._head = find_head(causal)
+        self.stop_path: str | None = None
+        self._stop: LoraLinear | None = None
+        stops = None
+        if stop is not None:
+            self.stop_path = _head_path(model, stop)
+            self._stop = self._linears[self.stop_path]
+            stops = _fix_stop(self._stop, stop)
+        self._head = find_head(causal, stops)
         self.lean_modules = make_lean(self._base)
         self._has_anchor = False
         self._add_safepoints()
@@ -106,6 +139,12 @@ class TrainingTree:
         device: torch.device = self._peft.device
         return device
 
+    @property
+    def stop_b(self) -> torch.Tensor:
+        """(V, 1) float32 on the CPU, alpha in it: the fixed B of the stop tokens' adapter."""
+        assert self._stop is not None, "stop tokens are not adapted"
+        return self._stop.b.detach().to("cpu") * self._stop.scaling
+
     def close(self) -> None:
         """Let go of the adapter's weights; of no use afterwards.
 
@@ -113,12 +152,16 @@ class TrainingTree:
         What takes memory is in tensors, which are let go here.
         """
         self.clear_anchor()
-        for parameter in self.named_lora().values():
-            parameter.grad = None
-            parameter.data = parameter.data.new_empty(0)
+        for linear in self._linears.values():
+            for parameter in (linear.a, linear.b):
+                parameter.grad = None
+                parameter.data = parameter.data.new_empty(0)
 
     def named_lora(self) -> dict[str, nn.Parameter]:
-        """peft's names of the trainable parameters, A and B of every adapted linear, in float32."""
+        """peft's names of the trainable parameters, A and B of every adapted linear, in float32.
+
+        Of the stop tokens' adapter A alone; see `StopLora`.
+        """
         return {
             name: parameter
             for name, parameter in self._peft.named_parameters()
@@ -186,10 +229,12 @@ class TrainingTree:
         """
         # Without save_embedding_layers=False peft looks for the base model's config on the network.
         state = None if lora is None else dict(lora)
+        if state is not None and self._stop is not None and self.stop_path is not None:
+            state[lora_name(self.stop_path, "B")] = self._stop.b
         self._peft.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
 
     def _hidden(self, packed: PackedGroups, weights: WeightsName) -> torch.Tensor:
-        """(T, D), after the last norm."""
+        """(T, D), after the last norm, or as the head takes it where stop tokens are adapted."""
         if weights == "anchor" and not self._has_anchor:
             weights = "base"
         self._choice.name = weights
@@ -200,10 +245,16 @@ class TrainingTree:
                 use_cache=False,
                 cotune_plan=AttentionPlan(packed.segments),
             )
+            hidden: torch.Tensor = output.last_hidden_state[0]
+            if self._stop is None:
+                return hidden
+            if (adapter := self._stop.chosen) is None:
+                shift = hidden.new_zeros(len(hidden), 1)
+            else:
+                shift = F.linear(hidden, adapter[0].to(hidden.dtype)) * self._stop.scaling
+            return torch.cat((hidden, shift), dim=1)
         finally:
             self._choice.name = "trained"
-        hidden: torch.Tensor = output.last_hidden_state[0]
-        return hidden
 
     def _add_safepoints(self) -> None:
         def enter(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -253,21 +304,38 @@ def _decoder_layers(base: Any) -> nn.ModuleList:
     )
 
 
-def _adapted_copy(model: Any, rank: int, alpha: float, target_modules: str, seed: int) -> Any:
-    """peft's model around a second tree over the same parameters."""
+def _lora_config(
+    model: Any, rank: int, alpha: float, target_modules: str, stop: StopLora | None
+) -> Any:
+    """peft's description of the adapter."""
     import peft
 
     names = [name.strip() for name in target_modules.split(",") if name.strip()]
-    targets: Any = "all-linear" if names == ["all-linear"] else names
-    if targets != "all-linear":
+    is_all = names == ["all-linear"]
+    if not is_all:
         _check_targets(model, names, target_modules)
-    config = peft.LoraConfig(
+    targets: Any = "all-linear" if is_all else names
+    patterns: dict[str, Any] = {}
+    if stop is not None:
+        # peft's "all-linear" cannot be combined with a name.
+        head_path = _head_path(model, stop)
+        targets = [*(_linear_names(model) if is_all else names), head_path]
+        key = re.escape(head_path)
+        patterns = {"rank_pattern": {key: 1}, "alpha_pattern": {key: stop.alpha}}
+    return peft.LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        **patterns,
     )
+
+
+def _adapted_copy(model: Any, config: Any, seed: int) -> Any:
+    """peft's model around a second tree over the same parameters."""
+    import peft
+
     tree = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's advice is not for the people who run this
@@ -276,16 +344,46 @@ def _adapted_copy(model: Any, rank: int, alpha: float, target_modules: str, seed
     return adapted.eval()
 
 
+def _linear_names(model: Any) -> list[str]:
+    """The last part of the paths of all linears but the output head."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            path.rpartition(".")[2]
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+    )
+
+
+def _head_path(model: Any, stop: StopLora) -> str:
+    """Where the output head is in the model."""
+    head = model.get_output_embeddings()
+    if not stop.token_ids or not isinstance(head, nn.Linear):
+        what = "no tokens that end an answer" if isinstance(head, nn.Linear) else "no linear head"
+        raise ConfigError(
+            f"learning.training.stop_alpha is {stop.alpha}, and {type(model).__name__} has {what}; "
+            "set it to 0",
+            param="learning.training.stop_alpha",
+            code="invalid_config",
+        )
+    return str(next(path for path, module in model.named_modules() if module is head))
+
+
+@torch.no_grad()
+def _fix_stop(linear: LoraLinear, stop: StopLora) -> torch.Tensor:
+    """A from zero, and B as `StopLora` says; gives its token ids on the model's device."""
+    ids = torch.tensor(sorted(stop.token_ids), device=linear.b.device)
+    linear.a.zero_()
+    linear.b.zero_()[ids] = 1.0
+    linear.b.requires_grad_(False)
+    return ids
+
+
 def _check_targets(model: Any, names: list[str], given: str) -> None:
     head = model.get_output_embeddings()
     modules = list(model.named_modules())
-    linears = sorted(
-        {
-            path.rpartition(".")[2]
-            for path, m in modules
-            if isinstance(m, nn.Linear) and m is not head
-        }
-    )
+    linears = _linear_names(model)
     for name in names or [""]:
         found = [m for path, m in modules if name and (path == name or path.endswith(f".{name}"))]
         if not found or any(m is head or not isinstance(m, nn.Linear) for m in found):
@@ -300,10 +398,11 @@ def _check_targets(model: Any, names: list[str], given: str) -> None:
 def _pair(
     path: str, linear: LoraLinear, lora: Mapping[str, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of a linear: those in training, or those of `lora`."""
+    """A and B of a linear: those in training, or those of `lora`, which has no fixed ones."""
     if lora is None:
         return linear.a, linear.b
-    return lora[lora_name(path, "A")], lora[lora_name(path, "B")]
+    b = lora[lora_name(path, "B")] if linear.b.requires_grad else linear.b
+    return lora[lora_name(path, "A")], b
 
 
 def _replace_linears(causal: Any, choice: WeightsChoice) -> dict[str, LoraLinear]:

@@ -22,7 +22,7 @@ from cotune.runtime.errors import ConflictError, NotFoundError
 from cotune.runtime.executor import Executor
 from cotune.runtime.learning.config import LearningConfig
 from cotune.runtime.training.safepoints import Safepoints
-from cotune.runtime.training.tree import TrainingTree
+from cotune.runtime.training.tree import StopLora, TrainingTree
 from oracle import TOLERANCES, Oracle
 from publications import Publications, manifest
 from step_spy import StepSpy
@@ -471,13 +471,23 @@ async def test_tenants_are_served_and_published_each_for_itself(
         assert records == [(NAME, 1, True), (TENANT, 1, False)]
 
 
+@pytest.mark.parametrize("stop", [None, StopLora(alpha=8.0, token_ids=(33, 171))])
 async def test_what_training_writes_is_what_is_served_and_what_peft_reads(
-    directory: Path, state_dir: Path, model: Any
+    directory: Path, state_dir: Path, model: Any, stop: StopLora | None
 ) -> None:
-    """The learner's own way: weights to a slot from memory, files for everybody else."""
+    """The learner's own way: weights to a slot from memory, files for everybody else.
+
+    What are taken for stop tokens here are two that the model often says.
+    """
     prompt = random_ids(3 * PAGE, seed=1)
     tree = TrainingTree(
-        model, rank=8, alpha=16.0, target_modules="all-linear", seed=5, safepoints=Safepoints()
+        model,
+        rank=8,
+        alpha=16.0,
+        target_modules="all-linear",
+        seed=5,
+        safepoints=Safepoints(),
+        stop=stop,
     )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -496,6 +506,7 @@ async def test_what_training_writes_is_what_is_served_and_what_peft_reads(
         rt._served.adapters.unpin(candidate)
         trained = await ask(rt, prompt)
     assert trained.adapter_version == candidate
+    assert stop is None or set(stop.token_ids) & set(trained.token_ids)
     oracle = Oracle(with_peft_adapter(model, path), TOLERANCES[torch.float32])
     oracle.check_greedy(trained, 16, ignore_eos=True)
     oracle.check_decisive()

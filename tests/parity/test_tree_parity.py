@@ -16,38 +16,61 @@ import torch
 from cotune.runtime.training import attention, head
 from cotune.runtime.training.batches import Group, pack
 from cotune.runtime.training.safepoints import Safepoints
-from cotune.runtime.training.tree import TrainingTree
+from cotune.runtime.training.tree import StopLora, TrainingTree, lora_name
 from tiny_models import FAMILIES, VOCAB_SIZE, quiet_transformers, tiny_model
 
 RANK, ALPHA = 4, 8.0
+STOP = StopLora(alpha=3.0, token_ids=(3, 40))
 
 
-def _groups() -> list[Group]:
-    """Two completions, one and three; longer and shorter than the window of 24, down to 1."""
+def _groups(*ends: int) -> list[Group]:
+    """Two completions, one and three; longer and shorter than the window of 24, down to 1.
+
+    `ends` stand at the end of the first.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(5, VOCAB_SIZE, (count,), generator=generator).tolist())
 
     return [
-        Group(prompt_ids=ids(30), completions=(ids(12), ids(17))),
+        Group(prompt_ids=ids(30), completions=((*ids(12), *ends), ids(17))),
         Group(prompt_ids=ids(1), completions=(ids(1), ids(5), ids(2))),
         Group(prompt_ids=ids(9), completions=(ids(33),)),
     ]
 
 
-def _pair(model: Any, targets: str = "all-linear") -> tuple[TrainingTree, Any]:
-    """The tree, and plain peft's model, under the same weights of size."""
+def _pair(
+    model: Any, targets: str = "all-linear", stop: StopLora | None = None
+) -> tuple[TrainingTree, Any]:
+    """The tree, and plain peft's model, under the same weights of size.
+
+    With `stop` the head has, in plain peft's, an adapter of rank one whose B picks the tokens.
+    """
     names: Any = targets if targets == "all-linear" else targets.split(",")
+    patterns: dict[str, Any] = {}
+    if stop is not None:
+        names = [*names, "lm_head"]
+        patterns = {"rank_pattern": {"lm_head": 1}, "alpha_pattern": {"lm_head": stop.alpha}}
     tree = TrainingTree(
-        model, rank=RANK, alpha=ALPHA, target_modules=targets, seed=0, safepoints=Safepoints()
+        model,
+        rank=RANK,
+        alpha=ALPHA,
+        target_modules=targets,
+        seed=0,
+        safepoints=Safepoints(),
+        stop=stop,
+    )
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM", **patterns
     )
     with quiet_transformers():
-        plain = peft.get_peft_model(
-            copy.deepcopy(model),
-            peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, task_type="CAUSAL_LM"),
-        ).eval()
+        plain = peft.get_peft_model(copy.deepcopy(model), config).eval()
     theirs = dict(plain.named_parameters())
+    if stop is not None:
+        picks = theirs[lora_name("lm_head", "B")]
+        with torch.no_grad():
+            picks.zero_()[list(stop.token_ids)] = 1.0
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in tree.named_lora().items():
@@ -78,11 +101,17 @@ def _gradients(tree: TrainingTree, plain: Any) -> list[tuple[torch.Tensor, torch
     return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
+@pytest.mark.parametrize(
+    ("targets", "stop"),
+    [("all-linear", None), ("q_proj,down_proj", None), ("q_proj,down_proj", STOP)],
+    ids=["all-linear", "two", "two and stops"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logps_and_gradients_equal_plain_peft(family: str, targets: str) -> None:
-    tree, plain = _pair(tiny_model(family), targets)
-    groups = _groups()
+def test_logps_and_gradients_equal_plain_peft(
+    family: str, targets: str, stop: StopLora | None
+) -> None:
+    tree, plain = _pair(tiny_model(family), targets, stop)
+    groups = _groups(*stop.token_ids if stop is not None else ())
     ours, theirs = tree.logps(pack(groups)).logps, _plain_logps(plain, groups)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.0)
     weights = _coefficients(len(ours))
@@ -100,7 +129,7 @@ def test_blocks_and_chunks_do_not_change_the_result(
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK_BYTES", 1)
     monkeypatch.setattr(head, "CHUNK_BYTES", 1)
-    test_logps_and_gradients_equal_plain_peft(family, "all-linear")
+    test_logps_and_gradients_equal_plain_peft(family, "all-linear", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

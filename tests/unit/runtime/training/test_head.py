@@ -13,20 +13,22 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_config, tiny_model
 WIDTH = 64
 
 
-def _packed() -> PackedGroups:
+def _packed(*ends: int) -> PackedGroups:
+    """`ends` stand at the end of the first completion."""
     ids = tuple(
         torch.randint(VOCAB_SIZE, (60,), generator=torch.Generator().manual_seed(5)).tolist()
     )
     return pack(
         [
-            Group(prompt_ids=ids[:4], completions=(ids[4:20], ids[20:27])),
+            Group(prompt_ids=ids[:4], completions=((*ids[4:20], *ends), ids[20:27])),
             Group(prompt_ids=ids[27:28], completions=(ids[28:29],)),
         ]
     )
 
 
-def _hidden(rows: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+def _hidden(rows: int, seed: int, stops: tuple[int, ...] | None = None) -> torch.Tensor:
+    width = WIDTH + (stops is not None)
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
 
 
 def _odd_model() -> Any:
@@ -56,12 +58,31 @@ def _model(family: str) -> Any:
     return model
 
 
+def _logits(causal: Any, stops: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    """The model's own; what is added to the stop tokens is added by a hook on the output layer."""
+
+    def shift(_layer: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        if stops is None:
+            return output
+        picked = torch.zeros(output.shape[-1]).index_fill(0, stops, 1.0)
+        return output + hidden[:, -1:] * picked
+
+    hook = causal.get_output_embeddings().register_forward_hook(shift)
+    states = hidden if stops is None else hidden[:, :-1]
+    logits = ModelHead(causal).logits(states)
+    hook.remove()
+    return logits
+
+
 def _plain(
-    causal: Any, hidden: torch.Tensor, packed: PackedGroups, anchor: torch.Tensor
+    causal: Any,
+    stops: torch.Tensor | None,
+    hidden: torch.Tensor,
+    packed: PackedGroups,
+    anchor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All logits at once, by the model's own head, and autograd through them."""
-    head = ModelHead(causal)
-    mine, theirs = (head.logits(x[packed.rows]).log_softmax(1) for x in (hidden, anchor))
+    mine, theirs = (_logits(causal, stops, x[packed.rows]).log_softmax(1) for x in (hidden, anchor))
     token_logps = mine.gather(1, packed.targets.unsqueeze(1)).squeeze(1)
     token_kl = (theirs.exp() * (theirs - mine)).sum(1)
     zeros = torch.zeros(packed.completions)
@@ -72,17 +93,21 @@ def _plain(
 
 
 @pytest.mark.parametrize("chunk_bytes", [head_module.CHUNK_BYTES, 1])
+@pytest.mark.parametrize("stops", [None, (3, 40)], ids=["", "stops"])
 @pytest.mark.parametrize("family", [*FAMILIES, "bias", "odd"])
 def test_values_and_gradients_equal_autograd_through_all_logits(
-    monkeypatch: pytest.MonkeyPatch, family: str, chunk_bytes: int
+    monkeypatch: pytest.MonkeyPatch, family: str, stops: tuple[int, ...] | None, chunk_bytes: int
 ) -> None:
+    """With stop tokens what is added to them comes in a column of its own, and so does its share
+    of the gradient."""
     monkeypatch.setattr(head_module, "CHUNK_BYTES", chunk_bytes)  # 1: sixteen rows at a time
-    causal, packed = _model(family), _packed()
-    ours = _hidden(packed.tokens, 0).requires_grad_()
+    causal, packed = _model(family), _packed(*stops or ())
+    ids = None if stops is None else torch.tensor(stops)
+    ours = _hidden(packed.tokens, 0, stops).requires_grad_()
     plain = ours.detach().clone().requires_grad_()
-    anchor = (ours + 0.3 * _hidden(packed.tokens, 1)).detach()
-    logps, kl = completion_logps(ours, packed, find_head(causal), anchor)
-    expected_logps, expected_kl = _plain(causal, plain, packed, anchor)
+    anchor = (ours + 0.3 * _hidden(packed.tokens, 1, stops)).detach()
+    logps, kl = completion_logps(ours, packed, find_head(causal, ids), anchor)
+    expected_logps, expected_kl = _plain(_model(family), ids, plain, packed, anchor)
     assert kl is not None
     assert (kl > 0).all()
     torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=1e-4)
@@ -97,8 +122,12 @@ def test_values_and_gradients_equal_autograd_through_all_logits(
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_closed_form_is_used_for_every_family(family: str, dtype: torch.dtype) -> None:
-    assert isinstance(find_head(_model(family).to(dtype)), PlainHead)
+@pytest.mark.parametrize("stops", [None, (3, 40)], ids=["", "stops"])
+def test_the_closed_form_is_used_for_every_family(
+    family: str, dtype: torch.dtype, stops: tuple[int, ...] | None
+) -> None:
+    ids = None if stops is None else torch.tensor(stops)
+    assert isinstance(find_head(_model(family).to(dtype), ids), PlainHead)
 
 
 def test_a_head_that_is_not_the_closed_form_goes_the_models_own_way() -> None:

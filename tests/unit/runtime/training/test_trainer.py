@@ -22,8 +22,8 @@ from cotune.runtime.learning.samples import PreferencePair, Sample
 from cotune.runtime.training.batches import Group, pack
 from cotune.runtime.training.objective import completions_of
 from cotune.runtime.training.safepoints import Safepoints
-from cotune.runtime.training.trainer import StepReport, Trainer
-from tiny_models import quiet_transformers, save_lora, tiny_model
+from cotune.runtime.training.trainer import StepReport, Trainer, TrainerState
+from tiny_models import VOCAB_SIZE, quiet_transformers, save_lora, tiny_model
 from training_samples import packed_pair, random_pair, random_rated, randomize_lora, with_references
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def pairs(model: Any) -> list[Sample]:
 def mixed(model: Any, pairs: list[Sample]) -> list[Sample]:
     rated = [random_rated(100 + i, is_desirable=i % 3 != 0) for i in range(5)]
     return [s for both in zip(pairs, with_references(rated, model), strict=False) for s in both]
+
+
+STOP = 3  # ends an answer
 
 
 def make_trainer(
@@ -75,6 +78,7 @@ def make_trainer(
         safepoints=safepoints or Safepoints(),
         base_name="tiny",
         max_length=max_length,
+        stop_token_ids=(STOP,),
         share_prompts=share_prompts,
     )
 
@@ -612,7 +616,8 @@ def test_a_snapshot_is_a_copy_and_restoring_undoes_what_came_after(
 
 
 @pytest.mark.parametrize(
-    "other", [{"lora_rank": 8}, {"lora_alpha": 3.0}, {"target_modules": "q_proj"}]
+    "other",
+    [{"lora_rank": 8}, {"lora_alpha": 3.0}, {"target_modules": "q_proj"}, {"stop_alpha": 2.0}],
 )
 def test_a_state_of_other_settings_is_refused_and_changes_nothing(
     model: Any, pairs: list[Sample], other: dict[str, Any]
@@ -627,6 +632,18 @@ def test_a_state_of_other_settings_is_refused_and_changes_nothing(
     after = trainer.snapshot()
     assert after.values == before.values
     assert all(torch.equal(v, after.tensors[n]) for n, v in before.tensors.items())
+
+
+def test_a_state_from_before_stop_tokens_were_adapted_is_taken_up(
+    model: Any, pairs: list[Sample]
+) -> None:
+    trainer = make_trainer(model)
+    trainer.train_batch(pairs)
+    state = trainer.snapshot()
+    values = {name: value for name, value in state.values.items() if name != "stop_alpha"}
+    make_trainer(model).restore(TrainerState(state.tensors, values))
+    with pytest.raises(ConfigError, match="stop_alpha"):
+        make_trainer(model, stop_alpha=2.0).restore(TrainerState(state.tensors, values))
 
 
 def test_a_reset_trainer_is_a_new_one(model: Any, pairs: list[Sample]) -> None:
@@ -651,7 +668,7 @@ def test_a_saved_adapter_is_loaded_by_peft_and_gives_the_trained_log_probabiliti
 
     from training_samples import completion_logps
 
-    trainer = make_trainer(model)
+    trainer = make_trainer(model, stop_alpha=4.0)
     for _ in range(3):
         trainer.train_batch(pairs)
     trainer.save_adapter(tmp_path / "a")
@@ -667,12 +684,12 @@ def test_a_saved_adapter_is_loaded_by_peft_and_gives_the_trained_log_probabiliti
 def test_training_goes_on_from_a_saved_adapter_with_a_fresh_optimizer(
     model: Any, pairs: list[Sample], tmp_path: Path
 ) -> None:
-    trainer = make_trainer(model)
+    trainer = make_trainer(model, stop_alpha=4.0)
     for _ in range(3):
         trainer.train_batch(pairs)
     trainer.save_adapter(tmp_path / "a")
     trained = lora_of(trainer)
-    other = make_trainer(model, seed=5)
+    other = make_trainer(model, seed=5, stop_alpha=4.0)
     other.train_batch(pairs)
     other.load_adapter(tmp_path / "a")
     assert other.steps == 0
@@ -706,6 +723,67 @@ def test_an_adapter_with_more_in_it_than_is_trained_is_refused(model: Any, tmp_p
         make_trainer(model, target_modules="q_proj").load_adapter(path)
     with pytest.raises(AdapterLoadError, match="rank 2"):
         make_trainer(model, lora_rank=1).load_adapter(path)
+    head = save_lora(tmp_path / "head", model, rank=1, targets=["lm_head"])
+    with pytest.raises(AdapterLoadError, match=r"lm_head.*stop_alpha"):
+        make_trainer(model).load_adapter(head)
+    with pytest.raises(AdapterLoadError, match=r"lm_head otherwise"):
+        make_trainer(model, stop_alpha=1.0).load_adapter(head)
+
+
+def test_an_adapter_of_the_stop_tokens_means_the_same_under_another_alpha(
+    model: Any, pairs: list[Sample], tmp_path: Path
+) -> None:
+    trainer, other = make_trainer(model, stop_alpha=4.0), make_trainer(model, stop_alpha=0.5)
+    for _ in range(3):
+        trainer.train_batch(pairs)
+    trainer.save_adapter(tmp_path / "a")
+    other.load_adapter(tmp_path / "a")
+    mine, theirs = trainer.weights().modules["lm_head"], other.weights().modules["lm_head"]
+    assert mine.a.abs().max() > 1e-3
+    torch.testing.assert_close(theirs.b @ theirs.a, mine.b @ mine.a)
+
+
+def test_that_longer_answers_are_better_is_learned_by_the_stop_tokens_too() -> None:
+    """With all other layers' adapters left out, they alone say so, also of texts never seen."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 3.0  # hidden states share a direction, as trained ones
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB_SIZE), requires_grad=False)
+        model.lm_head.bias[STOP] = 3.0  # any token may well be the last
+    seen, unseen = _longer_chosen(model, 32, 0), _longer_chosen(model, 32, 1)
+    trainer = make_trainer(model, stop_alpha=10.0, learning_rate=2e-3, warmup_steps=0)
+    for i in range(0, len(seen), 8):
+        trainer.train_batch(seen[i : i + 8])
+    with torch.no_grad():
+        for name, parameter in trainer._lora.items():
+            if "lm_head" not in name:
+                parameter.zero_()
+        margins = [
+            float((trainer._tree.logps(packed_pair(pair)).logps - pair_references(pair)).diff())
+            for pair in unseen
+        ]
+    assert all(margin < 0 for margin in margins), margins
+
+
+def _longer_chosen(model: Any, count: int, seed: int) -> list[PreferencePair]:
+    """Random text, of which the longer is better, whatever it says."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(10, VOCAB_SIZE, (length,), generator=generator).tolist())
+
+    pairs = [
+        PreferencePair(
+            key=key,
+            adapter="tiny",
+            source="local",
+            prompt_ids=ids(6),
+            chosen_ids=(*ids(14), STOP),
+            rejected_ids=(*ids(7), STOP),
+        )
+        for key in range(1, count + 1)
+    ]
+    return [s for s in with_references(pairs, model) if isinstance(s, PreferencePair)]
 
 
 # --- quanta that are cut at run time --------------------------------------------------------------

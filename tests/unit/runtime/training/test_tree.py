@@ -13,7 +13,7 @@ from cotune.runtime.errors import ConfigError
 from cotune.runtime.lora import read_lora
 from cotune.runtime.training.batches import Group, PackedGroups, pack
 from cotune.runtime.training.safepoints import Safepoints
-from cotune.runtime.training.tree import TrainingTree
+from cotune.runtime.training.tree import StopLora, TrainingTree
 from tiny_models import FAMILIES, tiny_model, with_peft_adapter
 
 if TYPE_CHECKING:
@@ -158,12 +158,16 @@ def test_counts_are_the_tokens_of_each_completion() -> None:
     assert _tree(tiny_model("llama")).logps(_packed()).counts.tolist() == [2, 3, 2]
 
 
+STOP = StopLora(alpha=6.0, token_ids=(4, 22))
+
+
+@pytest.mark.parametrize("stop", [None, STOP], ids=["", "stops"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_adapter_is_read_by_peft_and_by_serving_as_the_same_weights(
-    tmp_path: Path, family: str
+    tmp_path: Path, family: str, stop: StopLora | None
 ) -> None:
     model = tiny_model(family)
-    tree = _tree(model, base_name="some/base")
+    tree = _tree(model, base_name="some/base", stop=stop)
     _fill(tree)
     tree.save_adapter(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
@@ -180,6 +184,53 @@ def test_a_saved_adapter_is_read_by_peft_and_by_serving_as_the_same_weights(
     logps = logits.log_softmax(-1)
     expected = logps[2, 10] + logps[3, 11]
     assert tree.logps(_packed()).logps[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    # So are other weights than the present ones, as an average is.
+    copies = {name: p.detach().clone() for name, p in tree.named_lora().items()}
+    _fill(tree, seed=2)
+    tree.save_adapter(tmp_path / "b", copies)
+    for path, pair in read_lora(tmp_path / "b", model, max_rank=4).modules.items():
+        torch.testing.assert_close(pair.a, given.modules[path].a, rtol=0, atol=0)
+        torch.testing.assert_close(pair.b, given.modules[path].b, rtol=0, atol=0)
+
+
+def test_of_the_stop_tokens_adapter_one_vector_is_trained_which_starts_as_nothing() -> None:
+    model = tiny_model("llama")
+    plain, tree = _tree(model), _tree(model, stop=STOP)
+    (name,) = tree.named_lora().keys() - plain.named_lora().keys()
+    assert name.endswith("lm_head.lora_A.default.weight")
+    assert tree.named_lora()[name].shape == (1, model.config.hidden_size)
+    assert torch.equal(tree.logps(_packed()).logps, plain.logps(_packed()).logps)
+    with torch.no_grad():
+        tree.named_lora()[name].fill_(0.1)
+    pair = tree.weights().modules["lm_head"]
+    assert pair.b.flatten().nonzero().flatten().tolist() == [4, 22]
+    assert pair.b[[4, 22], 0].tolist() == [6.0, 6.0]
+
+
+@pytest.mark.parametrize("weights", ["anchor", "base"])
+def test_the_stop_tokens_are_adapted_in_the_weights_asked_for(weights: Any) -> None:
+    model = tiny_model("llama")
+    tree = _tree(model, stop=STOP)
+    _fill(tree, seed=1)
+    with torch.no_grad():
+        expected = tree.logps(_packed()).logps if weights == "anchor" else None
+        if expected is None:
+            expected = _tree(model).logps(_packed()).logps
+        tree.set_anchor()
+        _fill(tree, seed=2)
+        assert not torch.allclose(tree.logps(_packed()).logps, expected, atol=0.1)
+        torch.testing.assert_close(tree.logps(_packed(), weights=weights).logps, expected)
+
+
+@pytest.mark.parametrize("head", [None, torch.nn.Identity()], ids=["no stop tokens", "no linear"])
+def test_stop_tokens_that_cannot_be_adapted_are_refused(head: Any) -> None:
+    model = tiny_model("llama")
+    if head is not None:
+        model.lm_head = head
+    stop = StopLora(alpha=6.0, token_ids=() if head is None else (4,))
+    with pytest.raises(ConfigError, match="set it to 0") as caught:
+        _tree(model, stop=stop)
+    assert caught.value.param == "learning.training.stop_alpha"
 
 
 def test_weights_are_copies() -> None:
