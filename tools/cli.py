@@ -69,6 +69,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "coserve": ("bench_coserve", "serving while learning, under each policy"),
     "train": ("bench_train", "training steps per second and memory, beside TRL's DPOTrainer"),
     "memory": ("bench_memory", "resident memory, stage by stage, with learning on and off"),
+    "length": ("bench_length", "feedback on nothing but the length of answers"),
     "publish": ("bench_publish", "adapter versions that go live while clients stream"),
     "web": ("bench_web", "the HTTP layer alone, without a model"),
 }
