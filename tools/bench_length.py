@@ -184,7 +184,6 @@ async def _measure_one(
 ) -> list[Lengths]:
     from ..runtime.learning.config import LearningConfig
     from ..runtime.runtime import Runtime
-    from ..runtime.types import Message
 
     config = LearningConfig(enabled=True, state_dir=state_dir)
     training = replace(
