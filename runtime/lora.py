@@ -133,53 +133,77 @@ def read_lora(path: str | Path, model: nn.Module, *, max_rank: int) -> LoraWeigh
         AdapterLoadError: naming the file or field, the value and the remedy.
     """
     path = Path(path).expanduser()
-    if not path.is_dir():
-        raise _error(f"there is no adapter directory {path}; check the path")
-    config = _read_config(path / CONFIG_FILE)
-    _check_config(path / CONFIG_FILE, config)
+    config, pairs = _read_plain(path)
     _compare_base(path, config, model)
-    matrices = _read_matrices(_weights_file(path))
     file = path / WEIGHTS_FILE
-    _check_targets(path, config, matrices, _linears(model))
-    modules: dict[str, LoraPair] = {}
-    for module, pair in sorted(matrices.items()):
-        if set(pair) != {"A", "B"}:
-            absent = "AB".replace(next(iter(pair)), "")
-            raise _error(f"{file}: {module} has no lora_{absent}; save the adapter again with peft")
-        rank, alpha = _rank_and_alpha(config, module)
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise _error(
-                f"{path / CONFIG_FILE}: rank_pattern gives {module} the rank {rank!r}; it must be "
-                "an integer from 1"
-            )
+    _check_targets(path, config, pairs, _linears(model))
+    for module, pair in pairs.items():
+        rank = len(pair.a)
         if rank > max_rank:
             raise _error(
                 f"{path / CONFIG_FILE}: {module} has rank {rank}, more than max_lora_rank "
                 f"{max_rank}; raise --max-lora-rank to {rank}",
             )
-        if not _is_positive(alpha):
-            raise _error(
-                f"{path / CONFIG_FILE}: alpha_pattern gives {module} the alpha {alpha!r}; it must "
-                "be a number above 0"
-            )
         linear = _linear(file, module, model)
-        _check_shape(file, module, "A", pair["A"], (rank, linear.in_features))
-        _check_shape(file, module, "B", pair["B"], (linear.out_features, rank))
-        for matrix, tensor in pair.items():
-            if not tensor.isfinite().all():
-                raise _error(
-                    f"{file}: lora_{matrix} of {module} has values that are not finite; the "
-                    "training diverged: use an earlier checkpoint"
-                )
-        scaling = lora_scaling(config, module)
-        modules[module] = LoraPair(pair["A"].float(), pair["B"].float() * scaling)
-    return LoraWeights(max(pair.a.shape[0] for pair in modules.values()), MappingProxyType(modules))
+        _check_shape(file, module, "A", pair.a, (rank, linear.in_features))
+        _check_shape(file, module, "B", pair.b, (linear.out_features, rank))
+    return LoraWeights(max(len(pair.a) for pair in pairs.values()), MappingProxyType(pairs))
 
 
-def lora_scaling(config: Mapping[str, Any], module: str) -> float:
-    """What B A is multiplied by in the linear at this path; `config` is that of the adapter."""
-    rank, alpha = _rank_and_alpha(config, module)
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def read_pairs(path: str | Path) -> dict[str, LoraPair]:
+    """Read a PEFT LoRA directory without a look at the model that it is for.
+
+    Raises:
+        AdapterLoadError: naming the file or field, the value and the remedy.
+    """
+    return _read_plain(Path(path).expanduser())[1]
+
+
+def _read_plain(path: Path) -> tuple[dict[str, Any], dict[str, LoraPair]]:
+    """The configuration, and A and B by path of the linear; checked as far as they go alone."""
+    if not path.is_dir():
+        raise _error(f"there is no adapter directory {path}; check the path")
+    config = _read_config(path / CONFIG_FILE)
+    _check_config(path / CONFIG_FILE, config)
+    matrices = _read_matrices(_weights_file(path))
+    return config, {
+        module: _pair(path, config, module, matrices[module]) for module in sorted(matrices)
+    }
+
+
+def _pair(
+    path: Path, config: Mapping[str, Any], module: str, matrices: Mapping[str, torch.Tensor]
+) -> LoraPair:
+    """The adapter of one linear."""
+    file = path / WEIGHTS_FILE
+    if set(matrices) != {"A", "B"}:
+        absent = "AB".replace(next(iter(matrices)), "")
+        raise _error(f"{file}: {module} has no lora_{absent}; save the adapter again with peft")
+    rank = _pattern_value(config.get("rank_pattern"), module, config["r"])
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise _error(
+            f"{path / CONFIG_FILE}: rank_pattern gives {module} the rank {rank!r}; it must be "
+            "an integer from 1"
+        )
+    alpha = _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
+    if not _is_positive(alpha):
+        raise _error(
+            f"{path / CONFIG_FILE}: alpha_pattern gives {module} the alpha {alpha!r}; it must "
+            "be a number above 0"
+        )
+    for matrix, tensor in matrices.items():
+        if tensor.ndim != 2 or tensor.shape[matrix == "B"] != rank:
+            raise _error(
+                f"{file}: lora_{matrix} of {module} has shape {tuple(tensor.shape)}, but its rank "
+                f"in {CONFIG_FILE} is {rank}; get both files again"
+            )
+        if not tensor.isfinite().all():
+            raise _error(
+                f"{file}: lora_{matrix} of {module} has values that are not finite; the "
+                "training diverged: use an earlier checkpoint"
+            )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraPair(matrices["A"].float(), matrices["B"].float() * scaling)
 
 
 # --- configuration --------------------------------------------------------------------------------
@@ -260,14 +284,6 @@ def _compare_base(path: Path, config: dict[str, Any], model: nn.Module) -> None:
     ours = getattr(getattr(model, "config", None), "_name_or_path", None)
     if theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
         logger.warning("adapter %s was trained on %r; it is put on %r", path, theirs, ours)
-
-
-def _rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[Any, Any]:
-    """R and alpha of the linear at this path, as the file says."""
-    return (
-        _pattern_value(config.get("rank_pattern"), module, config["r"]),
-        _pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"]),
-    )
 
 
 def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -360,8 +376,8 @@ def _check_shape(
 ) -> None:
     if tuple(tensor.shape) != expected:
         raise _error(
-            f"{file}: lora_{matrix} of {module} has shape {tuple(tensor.shape)}, but the model and "
-            f"the rank in {CONFIG_FILE} call for {expected}; the adapter is for another model"
+            f"{file}: lora_{matrix} of {module} has shape {tuple(tensor.shape)}, but the model "
+            f"calls for {expected}; the adapter is for another model"
         )
 
 

@@ -9,24 +9,18 @@ does not. D is (out, in) and large, so it is never formed: with two versions sta
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ..errors import ConfigError
-from ..lora import lora_scaling
+from ..lora import read_pairs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-Factors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+    from ..lora import LoraPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +42,9 @@ def module_distances(a: Path | None, b: Path | None) -> dict[str, ModuleDistance
     """Distances by path of the linear, of two PEFT directories; None is the base model.
 
     Raises:
-        ConfigError: a file is damaged or is not one that training here writes.
+        AdapterLoadError: a file is damaged or is more than plain LoRA.
     """
-    left, right = _read(a), _read(b)
+    left, right = ({} if path is None else read_pairs(path) for path in (a, b))
     distances = {}
     for module in sorted({*left, *right}):
         factors = [version[module] for version in (left, right) if module in version]
@@ -63,33 +57,9 @@ def module_distances(a: Path | None, b: Path | None) -> dict[str, ModuleDistance
     return distances
 
 
-def _norm(factors: list[Factors], signs: list[float]) -> float:
+def _norm(factors: list[LoraPair], signs: list[float]) -> float:
     """Frobenius norm of the sum of sign * B A, in float64."""
-    p = torch.cat([sign * b for sign, (_, b) in zip(signs, factors, strict=True)], dim=1)
-    q = torch.cat([a for a, _ in factors], dim=0)
+    p = torch.cat([sign * b.double() for sign, (_, b) in zip(signs, factors, strict=True)], dim=1)
+    q = torch.cat([a.double() for a, _ in factors], dim=0)
     squared = ((p.T @ p) * (q @ q.T)).sum().item()
     return math.sqrt(max(squared, 0.0))  # cancellation may leave a tiny negative number
-
-
-def _read(directory: Path | None) -> dict[str, Factors]:
-    """Module to A and scaled B, float64."""
-    if directory is None:
-        return {}
-    try:
-        config: dict[str, Any] = json.loads((directory / "adapter_config.json").read_bytes())
-        matrices: dict[str, dict[str, torch.Tensor]] = {}
-        with safe_open(directory / "adapter_model.safetensors", framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                match = _KEY.fullmatch(key)
-                if match is None:
-                    raise ValueError(f"{key!r} is no A or B of a linear")
-                matrix = tensors.get_tensor(key).double()
-                matrices.setdefault(match["module"], {})[match["matrix"]] = matrix
-        return {
-            module: (pair["A"], lora_scaling(config, module) * pair["B"])
-            for module, pair in matrices.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ConfigError(
-            f"the adapter in {directory} cannot be read ({error}); get it from a backup"
-        ) from error

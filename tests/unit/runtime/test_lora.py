@@ -307,7 +307,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
             put(key(Q1, "B"), torch.ones(32, 4)),
             [WEIGHTS, f"lora_B of {Q1}", "(32, 4)", "(64, 4)"],
         ),
-        (config(r=8), [WEIGHTS, "lora_A", "(4, 96)", "(8, 96)"]),
+        (config(r=8), [WEIGHTS, "lora_A", "(4, 96)", f"its rank in {CONFIG} is 8"]),
+        (put(key(Q1, "B"), torch.ones(64)), [WEIGHTS, f"lora_B of {Q1}", "(64,)", "is 4"]),
         (
             put(key(Q1, "A"), torch.ones(4, 64, dtype=torch.int8)),
             [WEIGHTS, "torch.int8", "float32"],

@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cotune.runtime.errors import ConfigError, ConflictError, NotFoundError, StorageError
+from cotune.runtime.errors import (
+    AdapterLoadError,
+    ConfigError,
+    ConflictError,
+    NotFoundError,
+    StorageError,
+)
 from cotune.runtime.learning.versions import Lineage, Manifest, VersionStore
 
 if TYPE_CHECKING:
@@ -292,10 +298,26 @@ def test_a_module_with_a_rank_and_an_alpha_of_its_own_is_compared_by_those(
     assert item.distance == pytest.approx(6 * 15**0.5)  # B A is 5 x 3, each entry R; times 6 / R
 
 
-def test_a_damaged_adapter_is_named(store: VersionStore) -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_model.safetensors", b"no"),
+        ("adapter_config.json", b"{"),
+        ("adapter_config.json", b'{"peft_type": "LORA", "r": 0, "lora_alpha": 4}'),
+        (
+            "adapter_config.json",
+            b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": 3}',
+        ),
+        (
+            "adapter_config.json",
+            b'{"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"(": 4}}',
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_named(store: VersionStore, file: str, content: bytes) -> None:
     number = publish(store)
-    (store.path("tutor", number) / "adapter_model.safetensors").write_bytes(b"no")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    (store.path("tutor", number) / file).write_bytes(content)
+    with pytest.raises(AdapterLoadError, match=file):
         store.diff("tutor", 0, number)
 
 
