@@ -46,8 +46,8 @@ class StopLora:
     """When to end an answer, as LoRA of rank one on the output head: z = alpha (a h).
 
     B is fixed: one for each stop token, zero for all others, so that z is added to what the head
-    says of them and A (1, D) alone is trained, from zero. How long an answer should be is said by
-    one token of it, and adapters that move all tokens at once hardly come to learn it.
+    says of them and A (1, D) alone is trained, from zero. Where an answer ends is said by one of
+    its tokens, and adapters that move all tokens at once are slow to learn to end it sooner.
 
     Attributes:
         alpha: z is scaled by it, so it is how fast z is learned.
@@ -228,9 +228,9 @@ class TrainingTree:
         Of the present weights, or of `lora`.
         """
         # Without save_embedding_layers=False peft looks for the base model's config on the network.
-        state = None if lora is None else dict(lora)
-        if state is not None and self._stop is not None and self.stop_path is not None:
-            state[lora_name(self.stop_path, "B")] = self._stop.b
+        state = {}
+        for of, linear in self._linears.items():
+            state[lora_name(of, "A")], state[lora_name(of, "B")] = _pair(of, linear, lora)
         self._peft.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
 
     def _hidden(self, packed: PackedGroups, weights: WeightsName) -> torch.Tensor:
