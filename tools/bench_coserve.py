@@ -72,7 +72,7 @@ from .coserve_progress import Progress
 from .coserve_report import Found, as_json, plot, summarize, table, verdicts
 from .coserve_run import Calibration, RunPlan, calibrate, perform, train_alone
 from .drift_plot import require_plots
-from .options import loop_factory
+from .options import loop_factory, parse_positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,14 +139,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     feedback = parser.add_argument_group("feedback")
     feedback.add_argument(
-        "--batch-size", type=_count, default=8, metavar="N", help="pairs of a step (%(default)s)"
+        "--batch-size",
+        type=parse_positive,
+        default=8,
+        metavar="N",
+        help="pairs of a step (%(default)s)",
     )
     feedback.add_argument(
-        "--epochs", type=_count, default=2, metavar="N", help="visits of each pair (%(default)s)"
+        "--epochs",
+        type=parse_positive,
+        default=2,
+        metavar="N",
+        help="visits of each pair (%(default)s)",
     )
     feedback.add_argument(
         "--pair-tokens",
-        type=_count,
+        type=parse_positive,
         default=512,
         metavar="N",
         help="most tokens of a pair, prompt and both answers (%(default)s)",
@@ -167,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
         help="shares of tasks that are training (0 0.1 0.3 0.5; of a check 0.3)",
     )
-    run.add_argument("--rounds", type=_count, default=2, metavar="N", help="%(default)s")
+    run.add_argument("--rounds", type=parse_positive, default=2, metavar="N", help="%(default)s")
     run.add_argument(
         "--seconds",
         type=_positive,
@@ -632,14 +640,4 @@ def _rate(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text} is not a retrain rate: use 0 to 0.95, as in 0.3 for 30 %"
         )
-    return value
-
-
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
     return value

@@ -15,7 +15,6 @@ were cut off at `--max-tokens` would have been longer.
 from __future__ import annotations
 
 import asyncio
-import gzip
 import itertools
 import json
 import re
@@ -27,19 +26,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..runtime.errors import ConfigError
 from .bench_report import environment, print_json
-from .options import loop_factory
+from .coserve_load import PREFERENCES_FILE, read_pairs
+from .options import loop_factory, parse_positive
 from .progress_bar import progress_bar
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ..runtime.runtime import Runtime
     from ..runtime.types import Message
 
 NAME: Final = "length"
 HELP: Final = "feedback on nothing but the length of answers"
-FILE: Final = "preferences.jsonl.gz"
 WISHES: Final = ("shorter", "longer")
 LOOK_S: Final = 0.5
 """Between two looks at the learner."""
@@ -52,17 +51,21 @@ _SENTENCE = re.compile(r"[^\n]{20,}?[.!?](?=\s)")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--data", type=Path, required=True, help=f"folder that holds {FILE}")
+    parser.add_argument(
+        "--data", type=Path, required=True, help=f"folder that holds {PREFERENCES_FILE}"
+    )
     parser.add_argument("--model", help="directory or hub id (the demo model)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     parser.add_argument(
         "--stop-alphas", type=float, nargs="+", default=[0.0, 3.0, 10.0], help="values (0 3 10)"
     )
-    parser.add_argument("--pairs", type=int, default=80, help="preferences given (80)")
-    parser.add_argument("--prompts", type=int, default=40, help="asked afterwards (40)")
-    parser.add_argument("--epochs", type=int, default=2, help="of training on them (2)")
-    parser.add_argument("--max-tokens", type=int, default=150, help="of an answer (150)")
-    parser.add_argument("--max-chars", type=int, default=600, help="of an answer in a pair (600)")
+    parser.add_argument("--pairs", type=parse_positive, default=80, help="preferences given (80)")
+    parser.add_argument("--prompts", type=parse_positive, default=40, help="asked afterwards (40)")
+    parser.add_argument("--epochs", type=parse_positive, default=2, help="of training on them (2)")
+    parser.add_argument("--max-tokens", type=parse_positive, default=150, help="of an answer (150)")
+    parser.add_argument(
+        "--max-chars", type=parse_positive, default=600, help="of an answer in a pair (600)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of training and of answers (0)")
 
 
@@ -104,11 +107,12 @@ class Lengths:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark and print its figures."""
     wanted = args.pairs + args.prompts
-    answers = list(itertools.islice(read_answers(args.data, args.max_chars), wanted))
+    path = args.data / PREFERENCES_FILE
+    answers = list(itertools.islice(choose_answers(read_pairs(path), args.max_chars), wanted))
     if len(answers) < wanted:
         raise ConfigError(
-            f"{args.data / FILE} has {len(answers)} answers to fit, and --pairs and --prompts ask "
-            f"for {wanted}; ask for fewer, or raise --max-chars",
+            f"{path} has {len(answers)} answers to fit, and --pairs and --prompts ask for "
+            f"{wanted}; ask for fewer, or raise --max-chars",
             param="data",
         )
     told, asked = answers[: args.pairs], answers[args.pairs : wanted]
@@ -131,29 +135,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_answers(data: Path, max_chars: int) -> Iterator[Answer]:
-    """Answers of more than one sentence, each to another prompt, in the file's order.
-
-    Raises:
-        ConfigError: the file is missing or malformed.
-    """
-    path, seen = data / FILE, set()
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                whole = row["chosen"].strip()
-                sentence = _SENTENCE.match(whole)
-                prompt = json.dumps(row["prompt"])
-                if sentence is None or prompt in seen or not 3 * sentence.end() < len(whole):
-                    continue
-                if len(whole) <= max_chars and len(prompt) <= max_chars:
-                    seen.add(prompt)
-                    yield Answer(row["prompt"], whole, sentence.group())
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); check --data", param="data"
-        ) from error
+def choose_answers(rows: Iterable[Mapping[str, Any]], max_chars: int) -> Iterator[Answer]:
+    """The better answers that go on long after their first sentence, one for each prompt."""
+    seen = set()
+    for row in rows:
+        whole = row["chosen"].strip()
+        sentence = _SENTENCE.match(whole)
+        prompt = json.dumps(row["prompt"])
+        if sentence is None or prompt in seen or not 3 * sentence.end() < len(whole):
+            continue
+        if len(whole) <= max_chars and len(prompt) <= max_chars:
+            seen.add(prompt)
+            yield Answer(row["prompt"], whole, sentence.group())
 
 
 async def measure(
@@ -227,5 +220,5 @@ async def _ask(
         steps=status.steps,
         mean=statistics.mean(counts),
         median=statistics.median(counts),
-        cut_off=sum(count >= args.max_tokens for count in counts) / len(counts),
+        cut_off=statistics.mean(response.finish_reason == "length" for response in responses),
     )

@@ -13,14 +13,13 @@ policy answers it. Pure functions of files and seeds; nothing here runs a model.
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 import math
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..runtime.errors import ConfigError
+from .json_lines import read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -205,7 +204,7 @@ def read_texts(
     """System prompts and what people said, from sessions in random order.
 
     Args:
-        path: one JSON object with `messages` per line, gzipped.
+        path: one JSON object with `messages` per line; see `read_json_lines`.
         encode: text to token ids.
         seed: of the order.
         tokens: at least so many are taken, or all there are.
@@ -213,7 +212,7 @@ def read_texts(
     Raises:
         ConfigError: it cannot be read, or has no session with both.
     """
-    sessions = list(_json_lines(path))
+    sessions = [session for _, session in read_json_lines(path)]
     random.Random(seed).shuffle(sessions)
     heads: list[tuple[int, ...]] = []
     known: dict[str, tuple[int, ...]] = {}
@@ -244,22 +243,6 @@ def made_up_texts(vocab_size: int, *, seed: int, tokens: int = BODY_TOKENS) -> T
         return tuple(draw.randrange(8, vocab_size) for _ in range(count))
 
     return TextPool(tuple(some(512) for _ in range(40)), some(tokens))
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise ConfigError(
-                        f"{path}, line {number} is not JSON ({error}); check --data", param="data"
-                    ) from error
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}); check --data, or leave it out", param="data"
-        ) from error
 
 
 # -- requests ------------------------------------------------------------------------------------
@@ -356,11 +339,9 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
         ConfigError: it cannot be read, or a row lacks one of them.
     """
     rows = []
-    for number, row in enumerate(_json_lines(path), start=1):
+    for place, row in read_json_lines(path):
         if missing := [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]:
-            raise ConfigError(
-                f"{path}, line {number} has no {missing[0]!r}; check --data", param="data"
-            )
+            raise ConfigError(f"{place} has no {missing[0]!r}; check --data", param="data")
         rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
     return rows
 

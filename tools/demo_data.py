@@ -12,10 +12,8 @@ says what that means. Everything here is a pure function of the files and a seed
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import lzma
 import re
 import zlib
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..runtime.errors import ConfigError
+from .json_lines import read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -300,10 +299,8 @@ def _all_rows(data: Path, exclusions: Exclusions) -> Iterator[tuple[str, Row]]:
 
 
 def _read_rows(path: Path) -> Iterator[Row]:
-    opener = lzma.open if path.suffix == ".xz" else gzip.open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    for _, row in read_json_lines(path):
+        yield row
 
 
 def _documents(name: str, row: Row, exclusions: Exclusions) -> Iterator[tuple[str, str]]:

@@ -9,13 +9,13 @@ Pure functions of the file and a seed: a run is repeated exactly, and no row cha
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..runtime.errors import ConfigError
+from .json_lines import read_json_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -223,28 +223,19 @@ def _first_of_each_phase(rows: Sequence[DriftRow], limit: int) -> list[DriftRow]
 
 def _read(path: Path) -> tuple[list[DriftRow], dict[int, str]]:
     """The rows in order of time, and the phases' names by number."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            found = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the stream {path} cannot be read: {error}; give the folder of the data with --data",
-            param="data",
-        ) from error
+    found = [_parse(fields, place) for place, fields in read_json_lines(path)]
     rows = [row for row, _ in found]
     if len({row.id for row in rows}) < len(rows):
         raise ConfigError(f"{path}: ids occur twice; each row needs its own", param="stream")
     return sorted(rows, key=lambda row: row.time_s), {row.phase: name for row, name in found}
 
 
-def _parse(line: str, place: str) -> tuple[DriftRow, str]:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{place}: not JSON ({error})", param="stream") from error
-    if not isinstance(fields, dict) or (missing := [f for f in _FIELDS if f not in fields]):
-        shown = ", ".join(missing) if isinstance(fields, dict) else "it is no object"
-        raise ConfigError(f"{place}: a row needs {', '.join(_FIELDS)}; missing: {shown}")
+def _parse(fields: dict[str, Any], place: str) -> tuple[DriftRow, str]:
+    if missing := [f for f in _FIELDS if f not in fields]:
+        raise ConfigError(
+            f"{place}: a row needs {', '.join(_FIELDS)}; missing: {', '.join(missing)}",
+            param="stream",
+        )
     row = DriftRow(
         id=str(fields["id"]),
         time_s=float(fields["t_s"]),

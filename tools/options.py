@@ -99,6 +99,17 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
+def parse_positive(text: str) -> int:
+    """A whole number from 1, for what there must be one of at least."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
 def parse_lora_module(text: str) -> tuple[str, Path]:
     """``name=path``, or vLLM's JSON form ``{"name": ..., "path": ...}``."""
     if text.lstrip().startswith("{"):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cotune.runtime.errors import ConfigError
-from cotune.tools.bench_length import FILE, Answer, read_answers
+from cotune.tools.bench_length import Answer, choose_answers
 from cotune.tools.cli import main
+from cotune.tools.coserve_load import PREFERENCES_FILE
 from tiny_models import save_model_directory
 
 if TYPE_CHECKING:
@@ -21,32 +21,34 @@ LONG = (
 )
 
 
-def write(directory: Path, *answers: tuple[str, str]) -> Path:
-    """The file of pairs, of (question, better answer)."""
-    with gzip.open(directory / FILE, "wt", encoding="utf-8") as file:
-        for question, chosen in answers:
-            prompt = [{"role": "user", "content": question}]
-            row = {"prompt": prompt, "chosen": chosen, "rejected": "no"}
-            file.write(json.dumps(row) + "\n")
+def row(question: str, chosen: str) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": chosen,
+        "rejected": "no",
+    }
+
+
+def write(directory: Path, *rows: dict[str, Any]) -> Path:
+    with gzip.open(directory / PREFERENCES_FILE, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     return directory
 
 
-def test_answers_are_those_that_go_on_after_their_first_sentence(tmp_path: Path) -> None:
-    data = write(
-        tmp_path,
-        ("one", LONG),
-        ("one", LONG + " Again."),  # the same prompt
-        ("two", "Only one sentence, which is not short."),
-        (
-            "three",
-            f"Yes. {LONG} And that is that.",
-        ),  # too short an answer, so it is no sentence of its own
-        ("four", LONG * 9),
-    )
-    found = list(read_answers(data, max_chars=300))
+def test_answers_are_those_that_go_on_after_their_first_sentence() -> None:
+    rows = [
+        row("one", LONG),
+        row("one", f"{LONG} Again."),
+        row("two", "Only one sentence, which is not short."),
+        row("three", f"Yes. {LONG} And that is that."),
+        row("four", LONG * 9),
+    ]
+    found = list(choose_answers(rows, max_chars=300))
     assert [a.prompt[0]["content"] for a in found] == ["one", "three"]
     assert found[0].first_sentence == "This is how the answer begins."
-    assert found[1].first_sentence == "Yes. This is how the answer begins."
+    assert (
+        found[1].first_sentence == "Yes. This is how the answer begins."
+    )  # "Yes." alone is no answer
 
 
 def test_a_wish_decides_which_of_the_two_is_chosen() -> None:
@@ -57,26 +59,24 @@ def test_a_wish_decides_which_of_the_two_is_chosen() -> None:
     assert shorter["id"] != longer["id"]
 
 
-@pytest.mark.parametrize("content", [None, b"no gzip", gzip.compress(b"{}")])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
-    if content is not None:
-        (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"preferences.jsonl.gz cannot be read .* check --data"):
-        list(read_answers(tmp_path, 600))
-
-
 def test_too_few_answers_are_an_error_with_the_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path, ("one", LONG))
+    data = write(tmp_path, row("one", LONG))
     assert main(["bench", "length", "--data", str(data)]) == 2
     assert "1 answers to fit" in capsys.readouterr().err
+
+
+def test_nothing_to_ask_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "length", "--data", str(tmp_path), "--prompts", "0"])
+    assert "--prompts: 0 is below 1" in capsys.readouterr().err
 
 
 def test_it_learns_from_the_preferences_and_counts_the_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path, *((f"question {i}", LONG) for i in range(20)))
+    data = write(tmp_path, *(row(f"question {i}", LONG) for i in range(20)))
     model = save_model_directory(tmp_path / "model", head_dim=32)
     counts = ["--pairs", "16", "--prompts", "4", "--max-tokens", "6"]
     command = ["bench", "length", "--data", str(data), "--model", str(model), *counts]

@@ -128,8 +128,8 @@ class TestReading:
     @pytest.mark.parametrize(
         ("lines", "message"),
         [
-            (["{"], "line 1: not JSON"),
-            (["[]"], "it is no object"),
+            (["{"], "line 1 is not JSON"),
+            (["[]"], "line 1 is no JSON object"),
             ([json.dumps({"id": "a"})], "missing: t_s"),
             ([json.dumps(row(1)), json.dumps(row(1))], "ids occur twice"),
             ([json.dumps(row(n, 1)) for n in range(20)], "number them from 0"),
