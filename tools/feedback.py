@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ import orjson
 
 from ..runtime.errors import ConfigError, RequestError
 from ..runtime.learning.config import FeedbackConfig
+from ..runtime.learning.durable import replacing
 from ..runtime.learning.events import as_body
 from ..runtime.learning.formats import FORMATS, ImportedRow, format_of, parse_row
 from ..runtime.learning.state_directory import StateDirectory
@@ -468,18 +468,13 @@ def _output(path: Path | None) -> Iterator[Callable[[bytes], object]]:
         yield sys.stdout.buffer.write
         sys.stdout.buffer.flush()
         return
-    part = path.with_name(f"{path.name}.part")
-    try:
-        file = part.open("wb")
-    except OSError as error:
-        raise ConfigError(f"--output {path} cannot be written: {error.strerror}") from error
-    try:
+    with replacing(path) as temporary:
+        try:
+            file = temporary.open("wb")
+        except OSError as error:
+            raise ConfigError(f"--output {path} cannot be written: {error.strerror}") from error
         with file:
             yield file.write
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager

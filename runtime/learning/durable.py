@@ -58,7 +58,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(str(temporary))
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise
     _sync_directory(path.parent)
 

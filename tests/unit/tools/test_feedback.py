@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import io
 import json
+import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ def test_an_exported_file_can_be_imported_elsewhere(tmp_path: Path) -> None:
     assert [[row.get(name) for name in columns] for row in after] == [
         [row.get(name) for name in columns] for row in before
     ]
-    assert not list(tmp_path.glob("*.part"))
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "rows.jsonl"}
 
 
 def test_a_persons_feedback_is_deleted(
@@ -158,6 +159,7 @@ def test_a_persons_feedback_is_deleted(
         (["delete", "--state-dir", "nowhere", "--source", "a"], "no feedback is stored there"),
         (["import", "nothing.jsonl", "--state-dir", "state"], "nothing.jsonl cannot be read"),
         (["export", "--state-dir", "here", "--output", "no/a.jsonl"], "--output no/a.jsonl"),
+        (["export", "--state-dir", "here", "--output", "file/a.jsonl"], "--output file/a.jsonl"),
     ],
 )
 def test_what_cannot_be_done_is_said_with_the_remedy(
@@ -169,6 +171,7 @@ def test_what_cannot_be_done_is_said_with_the_remedy(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     asyncio.run(fill(Path("here")))
+    Path("file").touch()
     assert main(["feedback", *argv]) == 2
     assert message in capsys.readouterr().err
     assert not Path("nowhere").exists()
@@ -306,7 +309,7 @@ async def test_an_export_of_a_server_is_written_as_it_comes(
         with pytest.raises(ServerError, match="in the middle of a row"):
             await feedback.export(door, arguments(output=output, adapter="cut off"))
     assert len(read_rows(output.read_text())) == 2, "the whole file is still there"
-    assert not output.with_name("rows.jsonl.part").exists()
+    assert os.listdir(tmp_path) == [output.name], "and nothing of what was cut off"
 
 
 async def test_deleting_asks_the_server(capsys: pytest.CaptureFixture[str]) -> None:
