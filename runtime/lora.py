@@ -37,6 +37,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # How A and B were initialised does not matter once they are trained. Any other initialisation than
@@ -137,6 +138,7 @@ def read_lora(path: str | Path, model: nn.Module, *, max_rank: int) -> LoraWeigh
     _compare_base(path, config, model)
     file = path / WEIGHTS_FILE
     _check_targets(path, config, pairs, _linears(model))
+    _check_copies(file, model)
     for module, pair in pairs.items():
         rank = len(pair.a)
         if rank > max_rank:
@@ -325,6 +327,8 @@ def _read_matrices(file: Path) -> dict[str, dict[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - not a mapping
                 match = _KEY.fullmatch(key)
+                if match is None and _COPY.fullmatch(key):
+                    continue  # peft saves one beside an adapter of the head; see `_check_copies`
                 if match is None:
                     raise _error(f"{file}: {key!r} is {_describe(key)}; only plain LoRA is served")
                 tensor = tensors.get_tensor(key)
@@ -338,12 +342,30 @@ def _read_matrices(file: Path) -> dict[str, dict[str, torch.Tensor]]:
     return matrices
 
 
+def _check_copies(file: Path, model: nn.Module) -> None:
+    """Base weights that lie beside the adapter must be the model's: they are not served."""
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - not a mapping
+            if match := _COPY.fullmatch(key):
+                ours = _linear(file, match["module"], model).weight.detach().cpu()
+                theirs = tensors.get_tensor(key)
+                # One of the two may have been rounded to the dtype of the other.
+                if not (
+                    torch.equal(ours.to(theirs.dtype), theirs)
+                    or torch.equal(ours, theirs.to(ours.dtype))
+                ):
+                    raise _error(
+                        f"{file}: {key!r} is a copy of base weights that are not the model's; the "
+                        "adapter was trained on other ones: serve it on those, or save it with "
+                        "save_embedding_layers=False if they should not matter"
+                    )
+
+
 def _describe(key: str) -> str:
     for part, meaning in (
         ("lora_embedding_", "an adapter of an embedding"),
         ("lora_magnitude_vector", "a DoRA magnitude"),
         (".bias", "a bias"),
-        ("base_layer", "a copy of base weights (save_embedding_layers=False leaves it out)"),
         ("embed_tokens", "a changed embedding"),
         ("lm_head", "a changed output head"),
     ):

@@ -5,8 +5,9 @@
 
 People's answers are set against their own first sentence, so that all there is to learn is when to
 end. Preferences for the one (shorter) or the other (longer) go to a runtime that learns, once for
-each value of `--stop-alphas`, with nothing else set. When it has done all that it can, other
-prompts are asked of the version that is live, and the tokens of its answers are counted.
+each value of `--stop-alphas`; beside it only the epochs are set, and that it waits for nobody: no
+more feedback comes. When it has done all that it can, other prompts are asked of the version that
+is live, and the tokens of its answers are counted.
 
 Better is an answer length further from the base model's, after the same feedback. The answers that
 were cut off at `--max-tokens` would have been longer.
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..runtime.errors import ConfigError
+from ..runtime.errors import ConfigError, CotuneError
 from .bench_report import environment, print_json
 from .coserve_load import PREFERENCES_FILE, read_pairs
 from .options import loop_factory, parse_positive
@@ -200,6 +201,8 @@ async def _until_learned(runtime: Runtime, told: int) -> None:
     while quiet < QUIET_LOOKS:
         await asyncio.sleep(LOOK_S)
         status = runtime.learning().adapters[0]
+        if status.phase == "stopped":
+            raise CotuneError("learning has stopped after an error; the log has it")
         is_idle = status.phase == "idle" and not status.pairs.get("pending", 0)
         quiet = quiet + 1 if is_idle and sum(status.pairs.values()) >= told else 0
 

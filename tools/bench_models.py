@@ -101,15 +101,23 @@ def mixed_requests(
     ]
 
 
-def make_adapter(directory: Path, model_path: Path, *, rank: int, seed: int = 0) -> Path:
-    """Write a PEFT LoRA directory with random A and B on all linear layers of a `make_model`."""
+def make_adapter(
+    directory: Path, model_path: Path, *, rank: int, head: bool = False, seed: int = 0
+) -> Path:
+    """Write a PEFT LoRA directory with random A and B on all linear layers of a `make_model`.
+
+    With `head` on the output head too.
+    """
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(model_path)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=r".*_proj|lm_head" if head else "all-linear",
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
     adapted: Any = peft.get_peft_model(model, config)

@@ -104,7 +104,12 @@ def run_cotune(directory: str, pairs: Pairs, channel: _Channel) -> None:
         batch_size=len(pairs),
     )
     trainer = part("training.trainer").Trainer(
-        model, config, safepoints=safepoints, base_name=directory, max_length=4096
+        model,
+        config,
+        safepoints=safepoints,
+        base_name=directory,
+        max_length=4096,
+        stop_token_ids=(),
     )
     tree = part("training.tree").TrainingTree(
         model, rank=RANK, alpha=ALPHA, target_modules="all-linear", seed=0, safepoints=safepoints

@@ -81,4 +81,4 @@ class Check:
         model = self.model()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's advice is not for the people who run this
-            return make_adapter(self.directory, model, rank=8)
+            return make_adapter(self.directory, model, rank=8, head=True)

@@ -71,6 +71,7 @@ def _trainer(check: Check, loaded: LoadedModel, safepoints: Safepoints) -> Train
         safepoints=safepoints,
         base_name="check",
         max_length=loaded.max_model_len,
+        stop_token_ids=loaded.eos_token_ids,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import ConfigError
@@ -30,7 +31,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for number, line in enumerate(lines, start=1):
                 place = f"{path}, line {number}"
                 yield place, _parse(line, place)
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, lzma.LZMAError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); check --data", param="data") from error
 
 

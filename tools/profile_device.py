@@ -194,6 +194,7 @@ def _make_trainer(config: RuntimeConfig, loaded: LoadedModel) -> Trainer:
         safepoints=Safepoints(),
         base_name=str(loaded.path),
         max_length=config.learning.training.max_length or loaded.max_model_len,
+        stop_token_ids=loaded.eos_token_ids,
     )
 
 

@@ -75,7 +75,10 @@ class TrainingConfig:
     target_modules: str = "all-linear"
     """Which linear layers: "all-linear", or names separated by commas."""
     stop_alpha: float = 0.0
-    """Train also when to end an answer, by rank one on the output head, scaled by this; 0: not."""
+    """Train also when to end an answer, by rank one on the output head, scaled by this; 0: not.
+
+    Not to be set back to 0 while a version that was trained with it is live.
+    """
     learning_rate: float | None = None
     """Of AdamW, after the warm-up (None: 0.256 / the model's hidden size; 6e-5 for 4096)."""
     warmup_steps: int = 10

@@ -146,7 +146,10 @@ def _split(
     hidden: torch.Tensor, stops: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states (r, D), and what is added to the stop tokens (r, 1), if anything is."""
-    return (hidden, None) if stops is None else (hidden[:, :-1], hidden[:, -1:])
+    if stops is None:
+        return hidden, None
+    # Contiguous: rows that begin at odd addresses keep matrix products off a card's fast kernels.
+    return hidden[:, :-1].contiguous(), hidden[:, -1:]
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +186,10 @@ class ModelHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(r, V) float32."""
         states, self._shift = _split(hidden, self._stops)
-        output = self._shell(inputs_embeds=states.unsqueeze(0), use_cache=False)
+        try:
+            output = self._shell(inputs_embeds=states.unsqueeze(0), use_cache=False)
+        finally:
+            self._shift = None  # a view of all the states, which must not stay
         logits: torch.Tensor = output.logits[0].float()
         return logits
 

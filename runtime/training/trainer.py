@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 QuantumKind: TypeAlias = Literal["kl", "forward", "backward", "step"]
 
 _STATE_FORMAT = 1
-_STATE_DEFAULTS = {"stop_alpha": 0.0}  # of states that were written before there was such a value
+# Of states that were written before there were such values.
+_STATE_DEFAULTS: Mapping[str, object] = {"stop_alpha": 0.0, "stop_token_ids": []}
 _MAX_FAILED_STEPS = 3
 # The rate that was measured to be right at a hidden size of 256. What a change of an adapter does
 # to a layer's output grows with the layer's width (Yang et al. 2022, "Tensor Programs V").
@@ -193,7 +194,7 @@ class Trainer:
         safepoints: where the thread waits while it is held.
         base_name: what saved adapters say they were trained on.
         max_length: most tokens of prompt plus one completion; longer samples are set aside.
-        stop_token_ids: the tokens that end an answer; needed if `stop_alpha` is set.
+        stop_token_ids: the tokens that end an answer, for `stop_alpha`.
         share_prompts: compute the prompt of a pair once. Off only to measure what it saves.
     """
 
@@ -205,7 +206,7 @@ class Trainer:
         safepoints: Safepoints,
         base_name: str,
         max_length: int,
-        stop_token_ids: Iterable[int] = (),
+        stop_token_ids: Iterable[int],
         share_prompts: bool = True,
     ) -> None:
         self._model = model
@@ -213,6 +214,7 @@ class Trainer:
         self._base_name = base_name
         self._max_length = max_length
         self._share_prompts = share_prompts
+        self._stop_token_ids = sorted(stop_token_ids) if config.stop_alpha else []
         self._tree = TrainingTree(
             model,
             rank=config.lora_rank,
@@ -221,7 +223,7 @@ class Trainer:
             seed=config.seed,
             safepoints=safepoints,
             base_name=base_name,
-            stop=StopLora(alpha=config.stop_alpha, token_ids=tuple(stop_token_ids))
+            stop=StopLora(alpha=config.stop_alpha, token_ids=tuple(self._stop_token_ids))
             if config.stop_alpha
             else None,
         )
@@ -268,7 +270,8 @@ class Trainer:
         the copies that it keeps there too.
         """
         copies = 4 if self._average is None else 5
-        held = copies * sum(p.nbytes for p in self._parameters) + self._tree.anchor_bytes
+        held = copies * sum(p.nbytes for p in self._parameters)
+        held += self._tree.fixed_bytes + self._tree.anchor_bytes
         if self._device.type != "cpu":
             return held
         kept = (self._initial, self._anchor or {}, *(state.tensors for state in states))
@@ -416,13 +419,7 @@ class Trainer:
         for module, pair in weights.modules.items():
             name_a, name_b = lora_name(module, "A"), lora_name(module, "B")
             if name_a not in values:
-                raise AdapterLoadError(
-                    f"{path} adapts {module}, which learning.training.target_modules "
-                    f"({self._config.target_modules!r}) does not; add it, or set stop_alpha if it "
-                    "is the output head",
-                    param="path",
-                    code="adapter_refused",
-                )
+                raise self._untrained(path, module)
             if module == self._tree.stop_path:
                 values[name_a] = self._stop_vector(path, module, pair)
                 continue
@@ -433,14 +430,30 @@ class Trainer:
         self.reset()
         self._load_lora(values)
 
+    def _untrained(self, path: Path, module: str) -> AdapterLoadError:
+        if self._model.get_submodule(module) is self._model.get_output_embeddings():
+            why = (
+                "learning.training.stop_alpha is 0; set it as it was, or roll back to a version "
+                "before it was set"
+            )
+        else:
+            targets = self._config.target_modules
+            why = f"learning.training.target_modules ({targets!r}) does not name it; add it"
+        return AdapterLoadError(
+            f"{path} adapts {module}, which is not trained here: {why}",
+            param="path",
+            code="adapter_refused",
+        )
+
     def _stop_vector(self, path: Path, module: str, pair: LoraPair) -> torch.Tensor:
         """A of an adapter of the stop tokens, under this trainer's alpha."""
         fixed = self._tree.stop_b
         scale = pair.b.max() / fixed.max()
         if len(pair.a) != 1 or not torch.allclose(pair.b, scale * fixed):
             raise AdapterLoadError(
-                f"{path} adapts {module} otherwise than by one number for all tokens that end an "
-                "answer, which is all of it that is trained; train without that target",
+                f"{path} adapts {module} otherwise than by one number for the tokens that end an "
+                f"answer ({self._stop_token_ids}), which is all of it that is trained here; set "
+                "the model's eos_token_id as it was, or roll back to a version without it",
                 param="path",
                 code="adapter_refused",
             )
@@ -699,14 +712,14 @@ class Trainer:
             "base": self._base_name,
             "alpha": self._config.lora_alpha,
             "stop_alpha": self._config.stop_alpha,
+            "stop_token_ids": self._stop_token_ids,
         }
 
     def _check_state(self, state: TrainerState) -> None:
         for name, mine in self._identity().items():
-            if state.values.get(name, _STATE_DEFAULTS.get(name)) != mine:
-                raise _mismatch(
-                    f"its {name} is {state.values.get(name)!r}, this trainer's {mine!r}"
-                )
+            theirs = state.values.get(name, _STATE_DEFAULTS.get(name))
+            if theirs != mine:
+                raise _mismatch(f"its {name} is {theirs!r}, this trainer's {mine!r}")
         steps = state.values.get("steps")
         if not isinstance(steps, int) or steps < 0:
             raise _mismatch(f"its steps are {steps!r}, which is no count")

@@ -140,6 +140,11 @@ class TrainingTree:
         return device
 
     @property
+    def fixed_bytes(self) -> int:
+        """What the adapter's weights take that are not trained."""
+        return 0 if self._stop is None else self._stop.b.nbytes
+
+    @property
     def stop_b(self) -> torch.Tensor:
         """(V, 1) float32 on the CPU, alpha in it: the fixed B of the stop tokens' adapter."""
         assert self._stop is not None, "stop tokens are not adapted"
@@ -227,10 +232,10 @@ class TrainingTree:
 
         Of the present weights, or of `lora`.
         """
-        # Without save_embedding_layers=False peft looks for the base model's config on the network.
         state = {}
         for of, linear in self._linears.items():
             state[lora_name(of, "A")], state[lora_name(of, "B")] = _pair(of, linear, lora)
+        # Without save_embedding_layers=False peft looks for the base model's config on the network.
         self._peft.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
 
     def _hidden(self, packed: PackedGroups, weights: WeightsName) -> torch.Tensor:

@@ -61,7 +61,12 @@ class Case:
         shape = {"lora_rank": RANK, "lora_alpha": ALPHA, "beta": BETA}
         config = TrainingConfig(**(plain | shape | settings))
         trainer = Trainer(
-            self.model, config, safepoints=Safepoints(), base_name="tiny", max_length=64
+            self.model,
+            config,
+            safepoints=Safepoints(),
+            base_name="tiny",
+            max_length=64,
+            stop_token_ids=(),
         )
         randomize_lora(trainer, self._lora_seed)
         return trainer

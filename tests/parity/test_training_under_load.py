@@ -176,7 +176,12 @@ async def test_ten_steps_under_load_are_those_of_ten_steps_alone(
 
         def make_trainer() -> Trainer:
             return Trainer(
-                model, CONFIG, safepoints=safepoints, base_name="tiny", max_length=rt.max_model_len
+                model,
+                CONFIG,
+                safepoints=safepoints,
+                base_name="tiny",
+                max_length=rt.max_model_len,
+                stop_token_ids=(),
             )
 
         before = [await answer(rt, client) for client in range(CLIENTS)]

@@ -356,10 +356,19 @@ def test_an_adapter_of_an_embedding_is_refused(tmp_path: Path) -> None:
     assert "embed" in refusal(path)
 
 
-def test_a_copy_of_the_output_head_beside_its_adapter_is_refused(tmp_path: Path) -> None:
+def test_a_copy_of_the_output_head_beside_its_adapter_must_be_the_model_s(tmp_path: Path) -> None:
     """peft saves it unless told otherwise, and would put it in the place of the base model's."""
     path = save_lora(tmp_path / "a", MODEL, targets=["lm_head"], save_embedding_layers=True)
-    assert "save_embedding_layers=False" in refusal(path)
+    copied = "base_model.model.lm_head.base_layer.weight"
+    assert_equals_peft(MODEL, path, weights := read_lora(path, MODEL, max_rank=8))
+    tensors(lambda t: t.update({copied: t[copied].bfloat16()}))(path)  # rounded, but the same
+    assert read_lora(path, MODEL, max_rank=8).modules.keys() == weights.modules.keys()
+    tensors(lambda t: t[copied][7].mul_(1.5))(path)
+    message = refusal(path)
+    assert copied in message
+    assert "save_embedding_layers=False" in message
+    tensors(lambda t: t.update({copied: torch.ones(2, 2)}))(path)
+    assert copied in refusal(path)
 
 
 def test_an_adapter_of_something_else_than_a_linear_is_refused(adapter: Path) -> None:

@@ -158,7 +158,8 @@ class Bench:
 
     def adapter(self, name: str, rank: int, seed: int) -> LoraWeights:
         directory = self.path / name
-        save_lora(directory, self.loaded.model, rank=rank, targets=list(ALL_LINEARS), seed=seed)
+        targets = [*ALL_LINEARS, "lm_head"]
+        save_lora(directory, self.loaded.model, rank=rank, targets=targets, seed=seed)
         return read_lora(directory, self.loaded.model, max_rank=64)
 
     @torch.inference_mode()

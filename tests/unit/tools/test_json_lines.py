@@ -38,6 +38,7 @@ def test_each_line_comes_with_its_place(
         ("a.jsonl", b'{"a": "\xff"}', "cannot be read"),
         ("a.jsonl.gz", b"no gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}')[:10] + b"\xff" * 20, "cannot be read"),
         ("a.jsonl.xz", b"no xz", "cannot be read"),
         ("a.jsonl", b'{"a": 1}\n{', "line 2 is not JSON"),
         ("a.jsonl", b'{"a": 1}\n[]', "line 2 is no JSON object"),

@@ -48,6 +48,9 @@ def test_it_measures_once_then_shows_what_it_kept(
     )
     assert read(output) == profile
 
+    assert main([*command, "--fresh", "--stop-alpha", "3"]) == 0
+    assert len(read(kept).quanta) == len(profile.quanta)
+
     assert main([*command, "--fresh", "--no-learning"]) == 0
     assert f"kept in {kept} in the place of the one before" in capsys.readouterr().out
     assert read(kept).quanta == ()

@@ -267,6 +267,7 @@ async def test_a_trainer_is_measured_and_keeps_its_weights(
         safepoints=Safepoints(),
         base_name="m",
         max_length=loaded.max_model_len,
+        stop_token_ids=loaded.eos_token_ids,
     )
     before = trainer.snapshot()
     profile = await measure(

@@ -59,6 +59,7 @@ def make_trainer(
     *,
     max_length: int = 64,
     share_prompts: bool = True,
+    stop_token_ids: tuple[int, ...] = (STOP,),
     **settings: Any,
 ) -> Trainer:
     plain = {
@@ -78,7 +79,7 @@ def make_trainer(
         safepoints=safepoints or Safepoints(),
         base_name="tiny",
         max_length=max_length,
-        stop_token_ids=(STOP,),
+        stop_token_ids=stop_token_ids,
         share_prompts=share_prompts,
     )
 
@@ -640,10 +641,18 @@ def test_a_state_from_before_stop_tokens_were_adapted_is_taken_up(
     trainer = make_trainer(model)
     trainer.train_batch(pairs)
     state = trainer.snapshot()
-    values = {name: value for name, value in state.values.items() if name != "stop_alpha"}
+    values = {n: value for n, value in state.values.items() if not n.startswith("stop_")}
     make_trainer(model).restore(TrainerState(state.tensors, values))
-    with pytest.raises(ConfigError, match="stop_alpha"):
+    with pytest.raises(ConfigError, match=r"its stop_alpha is 0.0, this trainer's 2.0"):
         make_trainer(model, stop_alpha=2.0).restore(TrainerState(state.tensors, values))
+
+
+def test_a_state_of_other_stop_tokens_is_refused(model: Any) -> None:
+    state = make_trainer(model, stop_alpha=2.0).snapshot()
+    with pytest.raises(ConfigError, match=r"its stop_token_ids is \["):
+        make_trainer(model, stop_alpha=2.0, stop_token_ids=(STOP, STOP + 1)).restore(state)
+    without = make_trainer(model).snapshot()
+    make_trainer(model, stop_token_ids=(STOP, STOP + 1)).restore(without)  # they do not matter
 
 
 def test_a_reset_trainer_is_a_new_one(model: Any, pairs: list[Sample]) -> None:
@@ -726,7 +735,7 @@ def test_an_adapter_with_more_in_it_than_is_trained_is_refused(model: Any, tmp_p
     head = save_lora(tmp_path / "head", model, rank=1, targets=["lm_head"])
     with pytest.raises(AdapterLoadError, match=r"lm_head.*stop_alpha"):
         make_trainer(model).load_adapter(head)
-    with pytest.raises(AdapterLoadError, match=r"lm_head otherwise"):
+    with pytest.raises(AdapterLoadError, match=r"lm_head otherwise .* eos_token_id"):
         make_trainer(model, stop_alpha=1.0).load_adapter(head)
 
 
@@ -1105,7 +1114,7 @@ def tensor_bytes() -> int:
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-@pytest.mark.parametrize("settings", [{}, {"average_decay": 0.9}])
+@pytest.mark.parametrize("settings", [{}, {"average_decay": 0.9}, {"stop_alpha": 3.0}])
 def test_it_knows_what_it_holds_and_lets_go_of_all_of_it(
     model: Any, mixed: list[Sample], settings: dict[str, Any]
 ) -> None:
@@ -1115,13 +1124,16 @@ def test_it_knows_what_it_holds_and_lets_go_of_all_of_it(
     lora = sum(value.nbytes for value in lora_of(trainer).values())
     little = lora // 20  # rotary tables, step counts
     held = trainer.held_bytes()
-    assert held == (5 + len(settings)) * lora  # weights, gradients, two moments, the initial ones
+    averages = int("average_decay" in settings)
+    fixed = trainer._tree.fixed_bytes  # of the stop tokens
+    assert (fixed > 0) == ("stop_alpha" in settings)
+    assert held == fixed + (5 + averages) * lora  # weights, gradients, two moments, the initial
     assert held <= tensor_bytes() - before <= held + little
     trainer.train_batch(mixed)
     trainer.set_anchor()
     state = trainer.snapshot()
     held = trainer.held_bytes(state)
-    assert held == (5 + 2 + 3 + 2 * len(settings)) * lora
+    assert held == 2 * fixed + (5 + 2 + 3 + 2 * averages) * lora  # the anchor has a fixed part too
     assert held <= tensor_bytes() - before <= held + little
     trainer.begin(mixed)
     trainer.run_quantum()
