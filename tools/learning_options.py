@@ -168,7 +168,7 @@ _TRAINING = (
         "learning.training.replay_share",
         float,
         "SHARE",
-        "share of a batch that is earlier feedback",
+        "share of a batch that is earlier feedback, at least: it fills what new leaves",
     ),
     _Flag(
         "--replay-half-life",
@@ -310,7 +310,13 @@ _GATE = (
         "FILE",
         "ordinary text for that, paragraphs separated by empty lines",
     ),
-    _Flag("--keep-versions", "learning.gate.keep_versions", int, "N", "versions kept on disk"),
+    _Flag(
+        "--keep-versions",
+        "learning.gate.keep_versions",
+        int,
+        "N",
+        "versions kept on disk, of each outcome",
+    ),
 )
 _TITLES = {
     "feedback (with --learning)": _FEEDBACK,

@@ -33,7 +33,7 @@ from ..runtime.learning.events import (
     event_type,
     parse_event,
 )
-from ..runtime.learning.status import AdapterLearning, LearningStatus
+from ..runtime.learning.status import AdapterLearning, LearningStatus, one_reason
 from ..runtime.learning.versions import Lineage, State, VersionRecord
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class NullLearning:
             for stored in self.events.values()
             if isinstance(stored.event, (Preference, Edit))
         )
-        reasons = Counter(reason for record in self._versions for reason in record.reasons)
+        refused = Counter(one_reason(r.reasons) for r in self._versions if r.state == "refused")
         return LearningStatus(
             enabled=True,
             events=Counter(event_type(stored.event) for stored in self.events.values()),
@@ -142,7 +142,7 @@ class NullLearning:
                     live_version=self.live,
                     pairs=dict(pairs),
                     candidates_passed=sum(r.state == "published" for r in self._versions),
-                    candidates_refused=dict(reasons),
+                    candidates_refused=dict(refused),
                     candidates_undecided=dict(self._undecided),
                 ),
             ),
@@ -215,7 +215,7 @@ class NullLearning:
 
     def leave_undecided(self, *reasons: str) -> None:
         """A candidate is trained further, and becomes no version."""
-        self._undecided.update(reasons)
+        self._undecided[one_reason(reasons)] += 1
 
     # Inside.
 

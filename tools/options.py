@@ -246,7 +246,8 @@ def add_runtime_arguments(parser: argparse.ArgumentParser, *, learning: bool = F
         "--threads",
         type=int,
         metavar="N",
-        help="intra-op threads of the inference lane on a CPU (torch's own choice)",
+        help="intra-op threads of the inference lane on a CPU (torch's own choice; with learning "
+        "less --training-threads)",
     )
     memory.add_argument(
         "--enforce-eager",

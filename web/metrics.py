@@ -332,7 +332,7 @@ class Metrics:
         )
         yield _counter(
             "cotune_candidates",
-            "Candidates that passed the gate, or were refused or left undecided for a reason.",
+            "Candidates that passed the gate, were refused or left undecided; reasons joined by +.",
             ["adapter", "outcome", "reason"], candidates,
         )  # fmt: skip
         yield _gauge(

@@ -103,7 +103,10 @@ class TrainingConfig:
     epochs: int = 6
     """How often a sample is trained on as new, before it is left to replay."""
     replay_share: float = 0.25
-    """Share of a batch that comes from earlier feedback, against forgetting; [0, 1)."""
+    """Share of a batch that comes from earlier feedback, against forgetting; [0, 1).
+
+    It is the least: earlier feedback fills the places that new feedback leaves.
+    """
     sample_priority: str = "none"
     """Which of the new samples go first beside the least trained: those from which there is most
     to learn (learnability), those with the highest loss (loss), or any (none)."""

@@ -64,9 +64,9 @@ class Examiner:
         self._probe = tuple(tuple(ids[:length]) for ids in probe if len(ids[:length]) > 1)
         if not self._probe:
             raise ConfigError(
-                "gate.probe_file: no paragraph is longer than one token; fill it with paragraphs, "
-                "separated by empty lines",
-                param="gate.probe_file",
+                "learning.gate.probe_file: no paragraph is longer than one token; fill it with "
+                "paragraphs, separated by empty lines",
+                param="learning.gate.probe_file",
                 code="invalid_config",
             )
         # By version, the one that was asked last at the end; then by sample.

@@ -5,7 +5,7 @@
 
 Conversational rows have lists of messages, plain ones texts. Rows of an export hold, besides those
 columns, `id`, `source`, `type`, `created`, `adapter`, `state`, `response_id` and `comment`, which
-TRL passes over; an import keeps `id`, `source` and `comment`.
+TRL passes over; an import keeps `id` and `source`, and the `comment` of unpaired rows.
 
 An import takes an answer of one assistant message. It makes one user message of a plain prompt, and
 takes the prompt out of `chosen` and `rejected` where these are whole conversations (TRL's implicit

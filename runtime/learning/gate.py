@@ -12,7 +12,8 @@ Counting wins alone wastes what little there is: with 30 pairs, 60 % against 75 
 noise. Comparing margins is sensitive and fragile: one pair of a huge margin decides. So a sample's
 score lies between the two,
 
-    s = sigmoid(m / t)        t: median of |m| over the samples, at most 1
+    s = sigmoid(m / t)        t: median of the larger |m| of the two versions, at most 1;
+                              of pairs and of rated answers apart
 
 a count of wins where margins are large (above 1, where the Bradley-Terry probability of the stated
 preference, sigmoid(m), is near its ends), and proportional to the margin where all are small, as
@@ -306,12 +307,12 @@ def judge(
             objections.append(
                 ("not_better", f"worse on held-out samples alone: {lost:+.3f}, beyond chance")
             )
-        elif against := _who_decides_alone(samples, differences, weights, config):
-            source, rest = against
+        elif (rest := _rest_that_disagrees(samples, differences, weights, config)) is not None:
             is_worse = rest < 0.0
             metrics["gain_without_one_source"] = rest
+            # Unnamed: verdicts are kept when what a source has said is deleted.
             objections.append(
-                ("not_better", f"the others do not agree with {source!r}: {rest:+.3f} without it")
+                ("not_better", f"the others do not agree with one source: {rest:+.3f} without it")
             )
     objections += _collapse(candidate, base_probe, samples, weights, config, metrics)
 
@@ -607,13 +608,13 @@ def _widened(z: float, count: float) -> float:
     return z + first + second
 
 
-def _who_decides_alone(
+def _rest_that_disagrees(
     samples: Sequence[_Compared],
     differences: Sequence[float],
     weights: Sequence[float],
     config: GateConfig,
-) -> tuple[str, float] | None:
-    """A source without which the rest does not agree that it is better, and the rest's mean.
+) -> float | None:
+    """The mean of the rest without one source, where that does not agree that it is better.
 
     A rest of less than half of `min_held_out` samples is heard only where it speaks beyond chance;
     one of two sources or more, with enough samples, must speak for the candidate.
@@ -623,7 +624,7 @@ def _who_decides_alone(
         by_source[sample.source].append(i)
     total = math.fsum(weights)
     score = math.fsum(d * w for d, w in zip(differences, weights, strict=True))
-    worst: tuple[str, float] | None = None
+    worst: float | None = None
     for source, own in by_source.items():
         if len(own) == len(samples):
             continue
@@ -642,8 +643,8 @@ def _who_decides_alone(
             doubt = _widened(config.confidence_z, found.samples) * found.error
         if is_many:
             doubt *= -0.5
-        if mean + doubt < 0.0 and (worst is None or mean < worst[1]):
-            worst = source, mean
+        if mean + doubt < 0.0 and (worst is None or mean < worst):
+            worst = mean
     return worst
 
 

@@ -3,7 +3,8 @@
     event ─► the responses it names ─► prompt and completions as token ids ─► checks ─► store
 
 An event is stored together with its samples, in one transaction, and acknowledged after that. What
-could not be trained on is refused before: nothing is acknowledged that would be dropped later.
+could never be trained on is refused before. What is found out only later (out of memory, a number
+that is not finite) makes the sample's state "refused".
 
 Answers of the model itself are taken by their tokens, exactly as they were chosen. Texts are
 tokenized as the chat template would have them in place of the answer, end of turn included.

@@ -13,7 +13,7 @@ the live version makes of it (gate.py, "Progressive").
 
 The last good state is that of the live version: adapter, optimizer and which samples were trained
 on how often. After a refusal nothing is tried again before new feedback has come, since the same
-samples would give the same candidate.
+samples would give the same candidate: a whole batch of it.
 
 While memory stays short the trainer is set down: its state is written as for a restart, and what it
 held is freed. It is taken up again when there is room and something to do, as after a restart: with
@@ -47,7 +47,7 @@ from ..types import BASE, AdapterVersion
 from . import checkpoint
 from .gate import choose_evidence, judge
 from .replay import ReplayBuffer
-from .status import AdapterLearning
+from .status import AdapterLearning, one_reason
 from .versions import Lineage, Manifest
 
 if TYPE_CHECKING:
@@ -499,7 +499,7 @@ class Learner:
                 await self._publish(trainer, candidate, verdict, changes)
             elif goes_on:
                 self._undecided += 1
-                self._undecided_reasons.update(verdict.reasons)
+                self._undecided_reasons[one_reason(verdict.reasons)] += 1
             else:
                 await self._refuse(trainer, candidate, verdict)
         finally:
@@ -538,6 +538,10 @@ class Learner:
         await self._note_live()
         await self._job("anchor", trainer.set_anchor)
         await self._take_good()
+        await self._prune()
+
+    async def _prune(self) -> None:
+        """Remove old versions from the disk, but none that is still answering."""
         held = {
             info.version.version
             for info in self._adapters.list()
@@ -549,13 +553,14 @@ class Learner:
 
     async def _refuse(self, trainer: Trainer, candidate: AdapterVersion, verdict: Verdict) -> None:
         await self._write(trainer, candidate, verdict, refused=True)
-        self._refused.update(verdict.reasons)
+        self._refused[one_reason(verdict.reasons)] += 1
         self._undecided = 0
         self._wait_beyond = self._buffer.last_key
         assert self._good is not None
         await self._job("restore", trainer.restore, self._good.trainer)
         self._buffer.restore(self._good.buffer)
         self._progressive = {}
+        await self._prune()
 
     async def _write(
         self, trainer: Trainer, candidate: AdapterVersion, verdict: Verdict, *, refused: bool

@@ -55,5 +55,7 @@ def repetition(token_ids: Sequence[int], n: int = 4) -> float:
 
 def _wrong(message: str) -> ConfigError:
     return ConfigError(
-        f"gate.probe_file: {message}", param="gate.probe_file", code="invalid_config"
+        f"learning.gate.probe_file: {message}",
+        param="learning.gate.probe_file",
+        code="invalid_config",
     )

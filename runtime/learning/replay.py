@@ -1,8 +1,8 @@
 """Which samples the next batch holds: new feedback first, some earlier feedback beside it.
 
     new        trained on fewer than `epochs` times      the rest of the batch, least trained first
-    earlier    trained on as often as that               `replay_share` of the batch, against
-                                                         forgetting (Rolnick et al. 2019)
+    earlier    trained on as often as that               `replay_share` of the batch at least,
+                                                         against forgetting (Rolnick et al. 2019)
 
 Earlier samples are drawn with a weight that halves with every `replay_half_life` samples that came
 after them: users' needs drift, and what they wanted long ago may be the opposite of what they want

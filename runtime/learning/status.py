@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping  # noqa: TC003 - dataclass fields are inspected at run time
+from collections.abc import Iterable, Mapping  # noqa: TC003 - dataclass fields are inspected
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003
 from typing import Literal, NamedTuple, TypeAlias
@@ -11,11 +11,19 @@ Phase: TypeAlias = Literal["idle", "training", "evaluating", "publishing", "set_
 
 
 class Candidates(NamedTuple):
-    """How many candidates there were: `refused` and `undecided` by reason."""
+    """How many candidates there were: `refused` and `undecided` by reason.
+
+    One with several reasons counts once, under all of them; see `one_reason`.
+    """
 
     passed: int
     refused: Mapping[str, int]
     undecided: Mapping[str, int]
+
+
+def one_reason(reasons: Iterable[str]) -> str:
+    """What a candidate is counted under, so that each counts once: "entropy+probe_loss"."""
+    return "+".join(sorted(reasons))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,14 +38,15 @@ class AdapterLearning:
         phase: what its learner does now; "set_down": memory is short, and the training state is on
             disk until there is room for it again.
         pairs: samples by state: "pending" (reference log-probabilities are due), "queued" (not
-            trained on yet), "trained", "held_out", "withdrawn", "contradictory", "refused".
+            trained on yet), "trained", "held_out", "withdrawn", "superseded", "contradictory",
+            "refused".
         steps: optimizer steps.
         tokens_trained: tokens of forwards that were trained on.
         loss, margin, reward_accuracy, gradient_norm, learning_rate: of the last step; the margin is
             chosen minus rejected implicit reward (beta included).
         candidates_passed: how many were published.
-        candidates_refused: how many were not, by reason.
-        candidates_undecided: how many were neither, and were trained further, by reason.
+        candidates_refused: how many were not, by reason as in `Candidates`.
+        candidates_undecided: how many were neither, and were trained further, likewise.
         win_rate: share of held-out pairs whose chosen answer the live version finds likelier per
             token than the rejected, when it was judged; None for the base model.
         base_win_rate: the base model's share of the same.
@@ -76,7 +85,7 @@ class LearningStatus:
         events: stored events by type.
         refused_events: events that were not taken, by error code, since the start.
         duplicates: events that had been stored before, since the start.
-        recorded_responses: responses that can be rated now.
+        recorded_responses: responses that are kept to be rated; some may have just expired.
         adapters: the served model's name first, then the tenants.
     """
 

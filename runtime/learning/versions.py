@@ -23,7 +23,7 @@ one back, so that going back twice leads two versions back and not to and fro:
     published 8           live 8    previous 5
 
 Everything here blocks and belongs to one thread at a time; the runtime calls it on threads of
-their own, one after the other. No torch is imported before weights are compared.
+their own, one after the other. Torch is imported only to write versions and to compare them.
 """
 
 from __future__ import annotations

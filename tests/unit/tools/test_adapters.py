@@ -31,7 +31,7 @@ def save(directory: Path) -> None:
         {f"{MODULE}.lora_A.weight": a, f"{MODULE}.lora_B.weight": b},
         directory / "adapter_model.safetensors",
     )
-    (directory / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
 
 
 @pytest.fixture

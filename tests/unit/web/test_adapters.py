@@ -125,7 +125,7 @@ async def test_the_state_of_learning_has_the_served_model_on_top() -> None:
         await post(client, "/v1/feedback", id="a", type="edit", response_id=id, text="better")
         await post(client, "/v1/feedback", id="b", type="rating", response_id=id, rating=1)
         learning.publish()
-        learning.refuse("entropy")
+        learning.refuse("probe_loss", "entropy")
         learning.leave_undecided("not_better")
         body = await get(client, "/v1/learning")
     assert body["enabled"] is True
@@ -136,7 +136,7 @@ async def test_the_state_of_learning_has_the_served_model_on_top() -> None:
     assert body["candidates"] == {
         "passed": 1,
         "refused": 1,
-        "refused_by_reason": {"entropy": 1},
+        "refused_by_reason": {"entropy+probe_loss": 1},
         "undecided": 1,
         "undecided_by_reason": {"not_better": 1},
     }

@@ -138,7 +138,7 @@ async def test_feedback_and_what_was_learned_are_told_by_adapter() -> None:
         assert value(metrics, "cotune_pairs", adapter="tiny", state="queued") == 1
         candidates = "cotune_candidates_total"
         assert value(metrics, candidates, adapter="tiny", outcome="passed") == 1
-        assert value(metrics, candidates, outcome="refused", reason="entropy") == 1
+        assert value(metrics, candidates, outcome="refused", reason="entropy+repetition") == 1
         assert value(metrics, candidates, outcome="undecided", reason="too_few_held_out") == 1
         assert value(metrics, "cotune_live_version", adapter="tiny") == 1
         # Each has a sample of its own in what the runtime tells.

@@ -196,12 +196,12 @@ def test_a_few_ratings_by_others_do_not_stop_the_learning_of_the_main_user(stray
     assert pass_rate(Scenario(None, WINS_75), sources, trials=60) >= 0.8
 
 
-def test_a_source_that_alone_finds_the_candidate_better_is_named() -> None:
+def test_a_source_that_alone_finds_the_candidate_better_does_not_decide() -> None:
     sources = ["a"] * 10 + ["b"] * 10
     candidate = version([4.0] * 10 + [-0.05] * 10, sources)
     verdict = verdict_on(candidate, version([0.0] * 20, sources), replace(CONFIG, confidence_z=0.1))
     assert verdict.reasons == ("not_better",)
-    assert "do not agree with 'a'" in verdict.explanation
+    assert "do not agree with one source" in verdict.explanation
     assert verdict.metrics["gain"] > 0.0 > verdict.metrics["gain_without_one_source"]
     assert not verdict.is_undecided
 
@@ -614,5 +614,5 @@ def test_what_one_of_many_sources_wants_alone_is_not_published() -> None:
     # Where the flood's later samples weigh more, so that all together look better.
     verdict = judge(candidate, live, PROBE, replace(CONFIG, half_life=20), BETA)
     assert verdict.reasons == ("not_better",)
-    assert "'flood'" in verdict.explanation
+    assert "the others do not agree" in verdict.explanation
     assert judge(candidate, live, PROBE, CONFIG, BETA).reasons == ("not_better",)

@@ -22,7 +22,7 @@ from cotune.runtime.errors import DrainingError, IterationError, StorageError
 from cotune.runtime.learning import checkpoint
 from cotune.runtime.learning import learner as module
 from cotune.runtime.learning.config import GateConfig, LearningConfig, TrainingConfig
-from cotune.runtime.learning.gate import Evaluation, ProbeScore, Verdict
+from cotune.runtime.learning.gate import Evaluation, ProbeScore, Reason, Verdict
 from cotune.runtime.learning.learner import Learner
 from cotune.runtime.learning.publisher import Publisher
 from cotune.runtime.learning.samples import PreferencePair
@@ -403,6 +403,31 @@ async def test_a_candidate_that_passes_goes_live_and_is_what_training_goes_back_
     assert learner.status().candidates_passed == 1
     assert learner.status().candidates_refused == {"probe_loss": 1}
     assert learner.status().win_rate == 0.9
+
+
+async def test_a_candidate_counts_once_however_many_reasons_there_are(school: School) -> None:
+    both: tuple[Reason, ...] = ("too_few_held_out", "not_better")
+    school.verdicts += [replace(UNDECIDED, reasons=both), replace(REFUSED, reasons=both)]
+    async with school.running() as learner:
+        school.store.add(16, held_out=2)
+        await school.until(lambda: learner.status().candidates_refused)
+    assert learner.status().candidates_undecided == {"not_better+too_few_held_out": 1}
+    assert learner.status().candidates_refused == {"not_better+too_few_held_out": 1}
+
+
+async def test_old_refused_versions_go_when_others_are_refused(school: School) -> None:
+    school.config = replace(school.config, gate=replace(school.config.gate, keep_versions=1))
+    school.learner = school._make_learner()
+    school.verdicts += [REFUSED, REFUSED, REFUSED]
+    async with school.running() as learner:
+        for refusals in (1, 2, 3):
+            school.store.add(8, held_out=2)
+            await school.until(
+                lambda n=refusals: learner.status().candidates_refused == {"probe_loss": n}
+            )
+            await school.idle()
+    # The last one was still in its slot, and so counts apart.
+    assert [record.number for record in school.versions.records(NAME)] == [2, 3]
 
 
 async def test_after_a_refusal_nothing_is_tried_again_before_new_feedback_comes(

@@ -44,9 +44,9 @@ def test_a_file_that_cannot_be_used_is_named_with_the_setting(
     file = tmp_path / "mine.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"gate.probe_file: .*mine\.txt") as raised:
+    with pytest.raises(ConfigError, match=r"learning.gate.probe_file: .*mine\.txt") as raised:
         read_probe(file)
-    assert raised.value.param == "gate.probe_file"
+    assert raised.value.param == "learning.gate.probe_file"
 
 
 @pytest.mark.parametrize(
