@@ -191,7 +191,8 @@ _TRAINING = (
         "learning.training.max_source_share",
         float,
         "SHARE",
-        "most that one source may fill of a batch while others have samples",
+        "most that one source may fill of a batch while others have samples; with --min-sources "
+        "also of all that is trained on",
     ),
     _Flag(
         "--training-seed",
@@ -231,7 +232,8 @@ _GATE = (
         "learning.gate.min_sources",
         int,
         "N",
-        "fewer sources, and nothing is published; 3 where strangers can write",
+        "fewer sources, and nothing is published; 3 where strangers can write. More than 1: see "
+        "also --max-source-share",
     ),
     _Flag(
         "--max-held-out",

@@ -115,7 +115,10 @@ class TrainingConfig:
     buffer_size: int = 4096
     """Most recent samples that are trained on or replayed."""
     max_source_share: float = 0.5
-    """Most that one source may fill of a batch while others have samples."""
+    """Most that one source may fill of a batch while others have samples.
+
+    With `gate.min_sources` above 1 also the most that it may have of all that is trained on.
+    """
     seed: int = 0
     """Of the initial adapter and of the order of samples."""
     threads: int = 1
@@ -175,7 +178,10 @@ class GateConfig:
     min_held_out: int = 8
     """Fewer than these and nothing is published."""
     min_sources: int = 1
-    """Fewer sources than these and nothing is published; 3 or more where strangers can write."""
+    """Fewer sources than these and nothing is published; 3 or more where strangers can write.
+
+    Above 1 no source is trained on more than `training.max_source_share` of all either.
+    """
     candidate_steps: int = 20
     """Optimizer steps between candidates, while there is new feedback."""
     candidate_wait_s: float = 10.0

@@ -153,7 +153,7 @@ class Learner:
         self._is_behind = False  # the trainer has less than the checkpoint
         self._held_bytes = 0  # what it held then
         self._set_downs = 0
-        self._buffer = ReplayBuffer(config.training)
+        self._buffer = ReplayBuffer(config.training, is_shared=config.gate.min_sources > 1)
         self._good: _Good | None = None
         self._changes = 0  # of the publisher, when `_good` was taken
         self._last_number = 0

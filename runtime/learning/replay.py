@@ -7,7 +7,9 @@
 Earlier samples are drawn with a weight that halves with every `replay_half_life` samples that came
 after them: users' needs drift, and what they wanted long ago may be the opposite of what they want
 now.
-No source fills more than its share of a batch while others have something to say.
+No source fills more than its share of a batch while others have something to say. Where several
+sources must have spoken before anything is published, none is trained on more than that share of
+all either: what a flood says first, and again and again, waits until others have said as much.
 
 What training on a sample has done so far can say when it is its turn (`sample_priority`): one from
 which little is to be learned, or whose loss is low, waits as if it had been trained on up to
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...policy.learnability import UNSEEN, SampleHistory
@@ -27,7 +30,7 @@ from ..scheduling.desk import Outlook
 from .samples import PreferencePair
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from .config import TrainingConfig
     from .samples import Sample
@@ -46,11 +49,38 @@ class _Drawn(NamedTuple):
     random: tuple[Any, ...]
 
 
-class ReplayBuffer:
-    """The samples that a learner may train on, how often it has, and what came of it."""
+def within_share(samples: Sequence[Sample], share: float) -> list[Sample]:
+    """Of each source the oldest, at most share / (1 - share) times as many as all others have.
 
-    def __init__(self, config: TrainingConfig) -> None:
+    So a source alone has none, and one that has been let in stays so, whatever it says later.
+    """
+    if share >= 1.0:
+        return list(samples)
+    counts = Counter(sample.source for sample in samples)
+    left = {
+        source: int((len(samples) - count) * share / (1.0 - share) + 1e-9)
+        for source, count in counts.items()
+    }
+    admitted = []
+    for sample in samples:
+        if left[sample.source] > 0:
+            left[sample.source] -= 1
+            admitted.append(sample)
+    return admitted
+
+
+class ReplayBuffer:
+    """The samples that a learner may train on, how often it has, and what came of it.
+
+    Args:
+        config: epochs, batches, replay and shares.
+        is_shared: several sources are to be heard, so that none may have more than its share of
+            all samples; see `within_share`.
+    """
+
+    def __init__(self, config: TrainingConfig, *, is_shared: bool = False) -> None:
         self._config = config
+        self._is_shared = is_shared
         self._samples: dict[int, Sample] = {}  # in order of their keys, oldest first
         self._visits: dict[int, int] = {}
         self._histories: dict[int, SampleHistory] = {}
@@ -92,8 +122,10 @@ class ReplayBuffer:
         """The newest sample's key; 0 when there is none."""
         return next(reversed(self._samples), 0)
 
-    def update(self, samples: Iterable[Sample]) -> None:
+    def update(self, samples: Sequence[Sample]) -> None:
         """Take the store's current samples, oldest first; those that are gone are dropped."""
+        if self._is_shared:
+            samples = within_share(samples, self._config.max_source_share)
         self._samples = {sample.key: sample for sample in samples}
         self._visits = {key: n for key, n in self._visits.items() if key in self._samples}
         self._histories = {k: seen for k, seen in self._histories.items() if k in self._samples}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cotune.runtime.learning.config import TrainingConfig
-from cotune.runtime.learning.replay import ReplayBuffer
+from cotune.runtime.learning.replay import ReplayBuffer, within_share
 from cotune.runtime.learning.samples import PreferencePair, RatedCompletion, Sample
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ def pair(key: int, source: str = "a") -> PreferencePair:
     )
 
 
-def buffer(samples: Sequence[Sample], **settings: object) -> ReplayBuffer:
-    made = ReplayBuffer(TrainingConfig(**settings))  # type: ignore[arg-type]
+def buffer(
+    samples: Sequence[Sample], *, is_shared: bool = False, **settings: object
+) -> ReplayBuffer:
+    made = ReplayBuffer(TrainingConfig(**settings), is_shared=is_shared)  # type: ignore[arg-type]
     made.update(samples)
     return made
 
@@ -285,3 +287,37 @@ def test_a_state_of_before_there_were_histories_is_taken_up() -> None:
     replay.restore(state)
     assert replay.outlook().signal == 1.0
     assert replay.state()["visits"] == {"1": 1, "2": 1}
+
+
+# -- shares of all that is trained on --------------------------------------------------------------
+
+
+def test_what_a_flood_says_before_anybody_else_waits_until_others_have_said_as_much() -> None:
+    flood = [pair(key, "flood") for key in range(1, 41)]
+    replay = buffer(flood, is_shared=True, batch_size=4, epochs=1)
+    assert len(replay) == replay.owed_samples == 0
+    assert replay.next_batch() == []
+    assert replay.outlook().loss == 0.0
+
+    others = [pair(key, f"user {key % 3}") for key in range(41, 51)]
+    replay.update(flood + others)
+    assert replay.owed_samples == 20
+    assert [sample.key for sample in flood if sample.key in replay] == list(range(1, 11))
+    while replay.next_batch():
+        pass
+    replay.update(flood + others + [pair(key, "user 1") for key in range(51, 56)])
+    assert replay.owed_samples == 10
+    assert [sample.key for sample in flood if sample.key in replay] == list(range(1, 16))
+
+
+def test_sources_that_say_about_as_much_are_all_heard() -> None:
+    samples = [pair(key, f"user {key % 3}") for key in range(1, 31)]
+    assert within_share(samples, 0.5) == samples
+    two = [pair(key, f"user {key % 2}") for key in range(1, 21)]
+    assert within_share(two, 0.5) == two
+    assert len(within_share(two, 0.25)) == 6  # a third of what the other has, each
+    assert within_share(two, 1.0) == two
+
+
+def test_where_one_source_is_enough_it_is_trained_on_alone() -> None:
+    assert buffer([pair(key, "user") for key in range(1, 9)]).owed_samples == 8
