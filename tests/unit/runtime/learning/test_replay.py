@@ -181,7 +181,7 @@ LEARNED, NOISE, FALLING = (LN_2, 0.01), (2.0, 2.0, 2.0, 2.0), (1.5, 1.0, 0.7)
 def small_batches(replay: ReplayBuffer, size: int) -> list[int]:
     """Keys in the order in which batches of `size` would hold them."""
     other = ReplayBuffer(dataclasses.replace(replay._config, batch_size=size))
-    other.update(replay._samples.values())
+    other.update(list(replay._samples.values()))
     other.restore(replay.state())
     return [sample.key for _ in range(3) for sample in other.next_batch()]
 
