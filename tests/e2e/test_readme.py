@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import textwrap
 from pathlib import Path
@@ -41,8 +42,11 @@ async def test_the_embedded_example_answers(capsys: pytest.CaptureFixture[str]) 
     assert second.usage.completion_tokens <= 16
 
 
-async def test_the_learning_example_stores_what_it_says() -> None:
-    example = python_block("async with Runtime(learning=True)")
+async def test_the_learning_example_stores_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = python_block('async with Runtime(state_dir="state")')
     body = example.replace("    rt.learning()", "    learning = rt.learning()\n    rt.learning()")
     source = "async def example():\n" + textwrap.indent(body, "    ") + "    return learning\n"
     names: dict[str, Any] = {}
@@ -50,6 +54,7 @@ async def test_the_learning_example_stores_what_it_says() -> None:
     learning = await names["example"]()
     assert learning.events == {"rating": 1, "edit": 1, "preference": 1}
     assert learning.adapters[0].live_version == 0
+    assert os.listdir(tmp_path) == ["state"]
 
 
 async def test_the_openai_example_streams(capsys: pytest.CaptureFixture[str]) -> None:
