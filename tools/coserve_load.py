@@ -42,6 +42,9 @@ _ANSWER_QUANTILES: Final = (115.0, 449.0)
 """Median and 95 % quantile of the trace's lengths: what is drawn from where it is not there."""
 _Z_95: Final = 1.645
 
+_PAIR: Final = {"prompt": list, "chosen": str, "rejected": str}
+"""What a preference has, and of what kind."""
+
 _WORDS: Final = (
     "the a some every this river house garden train letter window morning winter summer teacher "
     "doctor child friend city village road bridge music story picture number answer question "
@@ -340,9 +343,10 @@ def read_pairs(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for place, row in read_json_lines(path):
-        if missing := [name for name in ("prompt", "chosen", "rejected") if not row.get(name)]:
-            raise ConfigError(f"{place} has no {missing[0]!r}; check --data", param="data")
-        rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
+        for name, kind in _PAIR.items():
+            if not (row.get(name) and isinstance(row[name], kind)):
+                raise ConfigError(f"{place} has no {name!r}; check --data", param="data")
+        rows.append({name: row[name] for name in _PAIR})
     return rows
 
 

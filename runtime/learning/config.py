@@ -117,7 +117,8 @@ class TrainingConfig:
     max_source_share: float = 0.5
     """Most that one source may fill of a batch while others have samples.
 
-    With `gate.min_sources` above 1 also the most that it may have of all that is trained on.
+    With `gate.min_sources` above 1 a source is also trained on at most share / (1 - share) times as
+    many samples as all others together have: at 0.5 as many as they.
     """
     seed: int = 0
     """Of the initial adapter and of the order of samples."""
@@ -180,7 +181,7 @@ class GateConfig:
     min_sources: int = 1
     """Fewer sources than these and nothing is published; 3 or more where strangers can write.
 
-    Above 1 no source is trained on more than `training.max_source_share` of all either.
+    Above 1 `training.max_source_share` also bounds what is trained on of one source in all.
     """
     candidate_steps: int = 20
     """Optimizer steps between candidates, while there is new feedback."""

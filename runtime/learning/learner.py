@@ -12,8 +12,8 @@ what the weights in training made of each sample just before they were trained o
 the live version makes of it (gate.py, "Progressive").
 
 The last good state is that of the live version: adapter, optimizer and which samples were trained
-on how often. After a refusal nothing is tried again before new feedback has come, since the same
-samples would give the same candidate: a whole batch of it.
+on how often. After a refusal nothing is tried again before a whole batch of new feedback has come,
+since the same samples would give the same candidate.
 
 While memory stays short the trainer is set down: its state is written as for a restart, and what it
 held is freed. It is taken up again when there is room and something to do, as after a restart: with

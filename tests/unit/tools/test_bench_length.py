@@ -46,9 +46,8 @@ def test_answers_are_those_that_go_on_after_their_first_sentence() -> None:
     found = list(choose_answers(rows, max_chars=300))
     assert [a.prompt[0]["content"] for a in found] == ["one", "three"]
     assert found[0].first_sentence == "This is how the answer begins."
-    assert (
-        found[1].first_sentence == "Yes. This is how the answer begins."
-    )  # "Yes." alone is no answer
+    # "Yes." alone is too short to be an answer.
+    assert found[1].first_sentence == "Yes. This is how the answer begins."
 
 
 def test_a_wish_decides_which_of_the_two_is_chosen() -> None:

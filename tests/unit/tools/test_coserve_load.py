@@ -156,8 +156,9 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
         read_pairs(write_lines(tmp_path / "p.gz", [row, "{"]))
 
 
-def test_a_preference_without_an_answer_is_named(tmp_path: Path) -> None:
-    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": ""}
+@pytest.mark.parametrize("rejected", ["", None, 3, ["a text"]])
+def test_a_preference_without_an_answer_is_named(tmp_path: Path, rejected: object) -> None:
+    row = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": rejected}
     with pytest.raises(ConfigError, match="line 1 has no 'rejected'"):
         read_pairs(write_lines(tmp_path / "p.gz", [row]))
 
